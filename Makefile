@@ -1,0 +1,33 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+# RUNTIME=tf1 or RUNTIME=tf2 chooses TensorFlow 1.15 or 2.15, BUILD=cpu or BUILD=gpu its build and
+# PYTHON=/path/to/python the interpreter. tools/make_env.sh decides what is not given.
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+
+# horovodrun and python are those of the chosen environment
+in_env = venv=$$(tools/make_env.sh --venv) && PATH="$$venv/bin:$$PATH"
+
+.PHONY: help env test demo clean
+
+help:
+	@echo "make demo    set up, then pre-train and evaluate MoCo v2 on CIFAR-10 (CPU)"
+	@echo "make test    set up, then run the tests"
+	@echo "make env     only set up"
+	@echo "make clean   remove what make env made; data, runs and results stay"
+	@echo ""
+	@echo "The first three take RUNTIME=tf1 or RUNTIME=tf2 (TensorFlow 1.15 or 2.15) and BUILD=cpu or"
+	@echo "BUILD=gpu (of TensorFlow); what is not given follows from this machine's Pythons and GPUs."
+
+env:
+	@tools/make_env.sh
+
+test: env
+	@$(in_env) && python -m pytest tests
+
+demo: env
+	@$(in_env) && python tools/demo.py
+
+clean:
+	@rm -rf .venv-tf1* .venv-tf2* zmq_ops/build .pytest_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,504 @@
+#!/usr/bin/env bash
+# Make an environment of this clone, with TensorFlow, Horovod and the pull op: .venv-tf1/ has
+# TensorFlow 1.15 on Python 3.7, .venv-tf2/ has 2.15 on Python 3.9 to 3.11. Both fit side by side.
+#
+#   tools/make_env.sh                        what `make env` calls: about 4 minutes on 2 cores,
+#                                            under 2 s when all is there
+#   RUNTIME=tf2 tools/make_env.sh            force one of the two, tf1 or tf2; the default takes tf1
+#                                            if Python 3.7 is here and no GPU that it cannot use
+#   BUILD=cpu tools/make_env.sh              force the cpu (or gpu) build of TensorFlow; the default
+#                                            takes the gpu build if it runs on a GPU here
+#   PYTHON=/opt/py37/bin/python tools/make_env.sh     use this Python, with the TensorFlow it fits
+#   tools/make_env.sh --venv                 only print the folder of the environment that is chosen
+#   tools/make_env.sh --find-python          only print the interpreter that would be used
+#
+# Each step leaves a stamp in the environment: a hash of what it was made from, and its seconds. A
+# step whose stamp is missing or differs is done again, so an interrupted set-up heals by running
+# this once more.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# settings of the caller that would lead pip, make or python astray
+unset PYTHONPATH PYTHONHOME MAKEFLAGS MFLAGS MAKELEVEL
+export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say() { printf '%s\n' "$*"; }
+fail() { printf 'make env: %s\n' "$*" >&2; exit 1; }
+
+# ---- the two runtimes
+
+use() {  # use RUNTIME
+    runtime=$1
+    venv=$PWD/.venv-$runtime
+    log=$venv/setup.log
+    case $runtime in
+        tf1) tf_version=1.15 cuda=10 pythons=3.7 python_range='Python 3.7' setuptools=59.8.0 ;;
+        tf2) tf_version=2.15 cuda=12 pythons='3.11 3.10 3.9' python_range='Python 3.9 to 3.11'
+            setuptools=69.5.1 ;;
+    esac
+    build_tools="pip==24.0 setuptools==$setuptools wheel==0.42.0 cmake==3.31.6"
+}
+
+# ---- stamps
+
+hash_of() { printf '%s\n' "$@" | sha256sum | cut -c1-16; }
+stamped() { [[ -f $venv/stamps/$1 && $(cut -d' ' -f1 "$venv/stamps/$1") == "$2" ]]; }
+stamp() { printf '%s %s\n' "$2" "$((SECONDS - step_start))" > "$venv/stamps/$1"; }
+
+begin() {  # begin STEP LINE: the step counts as undone until it is stamped again
+    mkdir -p "$venv/stamps"
+    rm -f "$venv/stamps/$1"
+    step_start=$SECONDS
+    say "$2"
+}
+
+requirements() {  # requirements BUILD: the file
+    case $runtime-$1 in
+        tf1-gpu) echo requirements.txt ;;
+        tf1-cpu) echo requirements-cpu.txt ;;
+        *) echo requirements-tf2.txt ;;
+    esac
+}
+pins() {  # pins BUILD: its packages
+    local swap=
+    if [[ $runtime-$1 == tf2-cpu ]]; then swap='s/^tensorflow\[and-cuda]==/tensorflow-cpu==/'; fi
+    grep -vE '^ *(#|$)' "$(requirements "$1")" | sed "$swap"
+}
+
+# keys BUILD: the hash of the inputs of every step, and the file of the pull op
+keys() {
+    local tensorflow horovod
+    tensorflow=$(pins "$1" | grep -E '^[a-z-]*tensorflow[^=]*==')
+    op=zmq_ops/build/pull_op-tf${tensorflow##*==}.so
+    horovod=$(pins "$1" | grep '^horovod==')
+    key_base=$(hash_of "$venv" "$tensorflow" "$build_tools")
+    key_packages=$(hash_of "$key_base" "$(pins "$1" | grep -v '^horovod==')")
+    key_horovod=$(hash_of "$key_base" "$horovod")
+    key_op=$(hash_of "$key_base" "$(find zmq_ops -name build -prune -o -type f \
+        \( -name Makefile -o -name '*.cc' -o -name '*.h' \) -print \
+        | LC_ALL=C sort | xargs -r -d '\n' cat | sha256sum)")
+    key_check=$(hash_of "$key_packages" "$key_horovod" "$key_op")
+}
+
+complete() {
+    stamped packages "$key_packages" && stamped horovod "$key_horovod" &&
+        stamped op "$key_op" && [[ -f $op ]] &&
+        stamped check "$key_check" && "$venv/bin/python" -c ''
+}
+
+# ---- running what takes long
+
+callers_tmpdir=${TMPDIR:-/tmp}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export TMPDIR=$scratch
+
+child=
+stop() {  # a signal ends the running command with all its children, then this script
+    trap - INT TERM HUP
+    if [[ -n $child ]]; then kill -TERM -- "-$child" 2> /dev/null || true; fi
+    fail 'interrupted; the same command goes on where it stopped'
+}
+trap stop INT TERM HUP
+
+# attempt COMMAND...: its output goes to the log, every half minute a sign of life to the terminal
+attempt() {
+    local start=$SECONDS next=$((SECONDS + 30)) status=0
+    from=$(($(wc -c < "$log") + 1))
+    printf '\n$ %s\n' "$*" >> "$log"
+    set -m  # a process group of its own, which `stop` can end
+    "$@" >> "$log" 2>&1 < /dev/null &
+    child=$!
+    set +m
+    while kill -0 "$child" 2> /dev/null; do
+        sleep 0.2
+        if ((SECONDS >= next)); then
+            next=$((SECONDS + 30))
+            say "      ... $((SECONDS - start)) s $(percent)"
+        fi
+    done
+    wait "$child" || status=$?
+    child=
+    return "$status"
+}
+
+run() { attempt "$@" || explain; }  # on failure, the one sentence that helps
+
+percent() { tail -c "+$from" "$log" | grep -o '\[ *[0-9]*%\]' | tail -n 1; }  # as make prints it
+
+explain() {  # ends with what the output of the last command says went wrong
+    local output again="run the same command again (all output is in $log)"
+    output=$(tail -c "+$from" "$log")
+    case $output in
+        *'No space left on device'*)
+            fail "the disk is full; make room, then $again" ;;
+        *NewConnectionError* | *ConnectTimeoutError* | *ReadTimeoutError* | *ProxyError* | \
+            *'Max retries exceeded'* | *'Name or service not known'* | *'Temporary failure '* | \
+            *'Network is unreachable'*)
+            fail "no network, or the packages' server cannot be reached; once it can, $again" ;;
+        *'Could NOT find NCCL'* | *'Failed to find NCCL'*)
+            fail "Horovod found no NCCL: install it for CUDA $cuda, set HOROVOD_NCCL_HOME to it," \
+                "or take the CPU build with BUILD=cpu; then $again" ;;
+        *'Could NOT find CUDAToolkit'*)
+            fail "Horovod's GPU build found no CUDA toolkit: install that of CUDA $cuda with nvcc," \
+                "and NCCL, or take the CPU build with BUILD=cpu; then $again" ;;
+        *'Killed signal'* | *'out of memory'* | *'annot allocate memory'*)
+            fail "the compiler ran out of memory; free some, then $again" ;;
+    esac
+    printf '%s\n' "$output" | cut -c1-200 | grep -iE '(error|fatal):? |^E: ' | head -n 5 >&2 || true
+    fail "this step failed; all output is in $log"
+}
+
+# ---- Python
+
+# try_python INTERPRETER VERSIONS: prints its full path if it really runs, is of one of the versions
+# and can make environments and extensions; else fails and prints what is wrong. (Version managers
+# put names on PATH that refuse to run.)
+try_python() {
+    "$1" - "$2" 2> /dev/null << 'PY' && return
+import os, sys, sysconfig
+version = "%d.%d" % sys.version_info[:2]
+wrong = None
+if version not in sys.argv[1].split():
+    wrong = "is Python " + version
+elif sys.maxsize < 2**32:
+    wrong = "is a 32-bit Python"
+else:
+    try:
+        import ctypes, ensurepip, ssl, venv, zlib
+    except ImportError as e:
+        wrong = "lacks a standard module (%s)" % e
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        wrong = "has no Python.h (the -dev or -devel package)"
+if wrong:
+    sys.stdout.write(wrong + "\n")
+    sys.exit(3)
+sys.stdout.write(sys.executable + "\n")
+PY
+    return 1
+}
+
+candidates() {  # candidates VERSION
+    local dir
+    type -aP "python$1" python3 python 2> /dev/null || true
+    if command -v pyenv > /dev/null; then
+        ls -1 "$(pyenv root)"/versions/"$1".*/bin/python 2> /dev/null || true
+    fi
+    for dir in "${CONDA_PREFIX:-}" "${CONDA_EXE:+${CONDA_EXE%/bin/*}}" "${MAMBA_ROOT_PREFIX:-}" \
+        ~/.conda ~/{anaconda,miniconda,miniforge,mambaforge}{,3} ~/micromamba /opt/conda; do
+        if [[ -z $dir ]]; then continue; fi
+        ls -1 "$dir/bin/python$1" "$dir"/envs/*/bin/"python$1" 2> /dev/null || true
+    done
+    if command -v uv > /dev/null; then
+        UV_PYTHON_DOWNLOADS=never uv python find "$1" 2> /dev/null || true
+    fi
+}
+
+search_python() {  # prints the first that works; or fails and prints what one of them lacks
+    local version candidate found nearly=
+    for version in $pythons; do
+        while IFS= read -r candidate; do
+            if [[ $candidate == "$PWD"/.venv-* ]]; then continue; fi
+            found=$(try_python "$candidate" "$version") && say "$found" && return
+            if [[ -n $found && $found != 'is Python '* ]]; then nearly="$candidate $found"; fi
+        done < <(candidates "$version")
+    done
+    printf '%s' "$nearly"
+    return 1
+}
+
+find_python() {
+    local found
+    if [[ -n ${PYTHON:-} ]]; then
+        found=$(try_python "$PYTHON" "$pythons") && say "$found" && return
+        fail "PYTHON=$PYTHON ${found:-does not run}; TensorFlow 1.15 needs Python 3.7, 2.15 needs" \
+            '3.9 to 3.11, both with venv and headers'
+    fi
+    found=$(search_python) && say "$found" && return
+    fail "${found:+$found. }TensorFlow $tf_version needs $python_range, and none that works is on" \
+        "PATH or in pyenv, conda or uv: $(how_to_get_python), then run the same command again"
+}
+
+how_to_get_python() {
+    local version=${pythons%% *}
+    if command -v uv > /dev/null; then say "uv python install $version"
+    elif command -v pyenv > /dev/null; then say "pyenv install $version"
+    elif command -v conda > /dev/null; then say "conda create -y -n py${version/./} python=$version"
+    elif command -v mamba > /dev/null; then say "mamba create -y -n py${version/./} python=$version"
+    else say "pip install uv, then uv python install $version"
+    fi
+}
+
+# ---- system packages: what counts is whether a program that uses them compiles
+
+compiles() {  # compiles SOURCE FLAGS...
+    printf '%s\n' "$1" > "$scratch/a.cc"
+    ${CXX:-g++} -o "$scratch/a" "$scratch/a.cc" "${@:2}" > "$scratch/out" 2>&1
+}
+has_compiler() { compiles 'int main() { return 0; }'; }
+has_zmq() {
+    local flags
+    read -ra flags < <(pkg-config --cflags --libs libzmq 2> /dev/null || echo -lzmq)
+    compiles $'#include <zmq.h>\nint main() { return zmq_errno(); }' "${flags[@]}"
+}
+has_make() { command -v make > /dev/null; }
+
+get_system_packages() {
+    local packages=() command root=()
+    has_compiler || packages+=(g++)
+    has_make || packages+=(make)
+    has_zmq || packages+=(libzmq3-dev pkg-config)
+    if ((${#packages[@]} == 0)); then return; fi
+    command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
+    if ! command -v apt-get > /dev/null; then
+        fail "missing on this system: ${packages[*]} (as Debian calls them);" \
+            'install them with its package manager, then run the same command again'
+    fi
+    if ((EUID != 0)); then
+        sudo -n true 2> /dev/null || fail "missing on this system: ${packages[*]}; please run:" \
+            "sudo sh -c '$command', then the same command again"
+        root=(sudo -n)
+    fi
+    say "      installing ${packages[*]} with apt-get (up to a minute)"
+    run "${root[@]}" apt-get update -q
+    run "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -q -y --no-install-recommends "${packages[@]}"
+    has_compiler || fail "${CXX:-g++} does not compile; all output is in $log"
+    has_zmq || fail "zmq.h does not compile, though libzmq3-dev is installed; all output is in $log"
+}
+
+need_disk() {
+    local free venv_gb=3
+    if [[ $runtime-$build == tf2-gpu ]]; then venv_gb=8; fi  # with CUDA's libraries
+    free=$(df -Pk . | awk 'NR == 2 {print $4}')
+    if ((free < venv_gb * 1024 * 1024)); then
+        fail "the environment needs $venv_gb GB of disk; only $((free / 1024)) MB are free in $PWD"
+    fi
+}
+
+# ---- which build of which TensorFlow
+
+gpu_listed() { nvidia-smi -L 2> /dev/null | grep -q '^GPU '; }
+
+# A build finds no GPU where its CUDA is missing. TensorFlow 1.15, built for CUDA 10, may also hang
+# on GPUs newer than that.
+gpu_runs() {
+    local status=0
+    say '      running a test op on the GPU (up to 5 minutes: newer GPUs compile it first)'
+    attempt env TF_CPP_MIN_LOG_LEVEL=1 timeout 300 "$venv/bin/python" -c '
+import numpy as np
+from tensorpack import tfv1 as tf
+assert tf.config.experimental.list_physical_devices("GPU"), "TensorFlow finds no GPU it can use"
+with tf.Graph().as_default(), tf.device("/gpu:0"):
+    x = tf.ones([2, 3, 8, 8])
+    y = tf.nn.conv2d(x, tf.ones([3, 3, 3, 4]), strides=[1, 1, 1, 1], padding="VALID",
+                     data_format="NCHW")
+    with tf.Session(config=tf.ConfigProto(allow_soft_placement=False)) as sess:
+        assert np.all(sess.run(y) == 27), "a convolution on the GPU gave wrong numbers"
+' || status=$?
+    if ((status == 124)); then echo 'it took more than 5 minutes' >> "$log"
+    elif ((status > 128)); then echo "it was killed by signal $((status - 128))" >> "$log"
+    fi
+    return "$status"
+}
+
+no_gpu() { [[ -f $venv.no-gpu ]]; }  # its test op did not run; this is the log of that
+
+has_python() { "$venv/bin/python" -c '' 2> /dev/null || search_python; }
+
+# sets runtime by RUNTIME, or to the one that PYTHON fits, or by the rule: TensorFlow 1.15, unless
+# it has no Python here or a GPU that it does not run on
+choose_runtime() {
+    local found
+    by_rule=
+    because=
+    case ${RUNTIME:-} in
+        tf1 | tf2) use "$RUNTIME"; return ;;
+        ?*) fail "RUNTIME=$RUNTIME: it must be tf1 (TensorFlow 1.15) or tf2 (TensorFlow 2.15)" ;;
+    esac
+    use tf1
+    if [[ -n ${PYTHON:-} ]]; then
+        found=$(try_python "$PYTHON" "$pythons") || [[ $found != 'is Python '* ]] || use tf2
+        find_python > /dev/null
+        because="chosen by PYTHON=$PYTHON"
+        return
+    fi
+    by_rule=1
+    if ! found=$(has_python); then
+        use tf2
+        because="no Python 3.7 that works was found${found:+ ($found)}"
+    elif [[ ${BUILD:-} == cpu ]]; then
+        because='Python 3.7 was found, and BUILD=cpu needs no GPU'
+    elif no_gpu; then
+        use tf2
+        because='a test op of TensorFlow 1.15 did not run on the GPU'
+        if ! has_python > /dev/null; then
+            use tf1
+            because="$because, but there is no Python 3.9 to 3.11 for 2.15"
+        fi
+    elif [[ -f $venv/build ]]; then
+        because='.venv-tf1 is there'
+    elif gpu_listed; then
+        because='Python 3.7 was found; whether it runs on the GPU is tried next'
+    else
+        because='Python 3.7 was found, and nvidia-smi lists no GPU'
+    fi
+}
+
+choose_build() {  # sets build; `auto` keeps what it chose before
+    why=
+    case ${BUILD:-auto} in
+        cpu | gpu) build=$BUILD ;;
+        auto)
+            if [[ -f $venv/build ]]; then build=$(< "$venv/build")
+            elif no_gpu; then build=cpu why=', a test op did not run on the GPU'
+            elif gpu_listed; then build=gpu why=', nvidia-smi lists a GPU'
+            else build=cpu why=', nvidia-smi lists no GPU'
+            fi ;;
+        *) fail "BUILD=$BUILD: it must be auto, cpu or gpu" ;;
+    esac
+}
+
+# whether the GPU build is to be tested: BUILD=gpu takes it as it is, except that the rule for the
+# runtime needs to know
+tests_gpu() {
+    [[ $build == gpu ]] && ! no_gpu || return
+    [[ ${BUILD:-auto} == auto ]] || { [[ $by_rule && $runtime == tf1 ]] && gpu_listed; }
+}
+
+# ---- the steps
+
+make_venv() {
+    local python
+    [[ $(uname -sm) == 'Linux x86_64' ]] ||
+        fail "this set-up is for Linux on x86_64 only, not $(uname -sm)"
+    python=$(find_python)
+    if [[ -e $venv ]]; then
+        say "      removing the half-made or outdated $(basename "$venv")"
+        rm -rf "$venv"
+    fi
+    need_disk
+    mkdir -p "$venv"
+    : > "$log"
+    begin base "[1/5] Python environment from $python (about 10 s)"
+    get_system_packages
+    run "$python" -m venv "$venv"
+    # shellcheck disable=SC2086  # one word per package
+    run "$venv/bin/python" -m pip install $build_tools
+    stamp base "$key_base"
+}
+
+install_packages() {
+    begin packages "[2/5] packages from $(requirements "$build") (about a minute)"
+    pins "$build" | grep -v '^horovod==' > "$venv/requirements"
+    run "$venv/bin/python" -m pip install -r "$venv/requirements"
+    # horovodrun imports TensorFlow too, and would begin every run with its greetings
+    local folder
+    for folder in "$venv"/lib/python3*/site-packages; do
+        [[ ! -d $folder ]] || echo 'import os; os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")' \
+            > "$folder/quiet_tensorflow.pth"
+    done
+}
+
+install_horovod() {
+    local settings=(HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
+        HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
+        HOROVOD_CMAKE="$scratch/cmake" MAKEFLAGS="-j$(nproc)" PATH="$scratch/venv/bin:$PATH")
+    if [[ $build == gpu ]]; then settings+=(HOROVOD_GPU_OPERATIONS=NCCL); fi
+    begin horovod '[3/5] compiling Horovod for this TensorFlow (about 2 minutes on 2 cores)'
+    # half the time: no debug symbols, and only the library for TensorFlow with what that links
+    cat > "$scratch/cmake" << 'SH'
+#!/bin/sh
+if [ "$1" = --build ]; then shift 2; exec cmake --build . --target tensorflow "$@"; fi
+exec cmake "$@" "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O2 -DNDEBUG"
+SH
+    chmod +x "$scratch/cmake"
+    # its build knows no spaces in paths: it gets to see the environment through a link
+    ln -sfn "$venv" "$scratch/venv"
+    run env "${settings[@]}" "$scratch/venv/bin/python" -m pip wheel -v --no-cache-dir \
+        --no-build-isolation --no-deps -w "$scratch/wheels" "$(pins "$build" | grep '^horovod==')"
+    run "$venv/bin/python" -m pip install --no-deps --force-reinstall "$scratch"/wheels/*.whl
+}
+
+build_op() {
+    begin op '[4/5] compiling the pull op, zmq_ops/ (about 20 s)'
+    run make -C zmq_ops PYTHON="$(printf %q "$venv/bin/python")"
+    [[ -f $op ]] || fail "this made no $op; all output is in $log"
+}
+
+final_check() {
+    begin check '[5/5] checking: imports, the op, Horovod and a TensorFlow session (about 10 s)'
+    run env PATH="$venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=2 "$venv/bin/python" -c '
+import cv2, matplotlib, msgpack, msgpack_numpy, numpy, psutil, tabulate, termcolor, zmq
+import horovod.tensorflow as hvd
+from tensorpack import tfv1 as tf
+from zmq_ops import ZMQPullSocket
+hvd.init()
+with tf.Graph().as_default():  # (executed eagerly, the pull would wait for a message)
+    ZMQPullSocket("ipc:///tmp/make-env-check", [tf.float32]).pull()
+    y = hvd.allreduce(tf.reduce_sum(tf.ones([2, 3])), op=hvd.Sum)
+    with tf.Session() as sess:
+        total = sess.run(y)
+assert total == 6 * hvd.size(), total
+print("all of it works")
+'
+}
+
+write_seconds() { cat "$venv"/stamps/* | awk '{s += $2} END {print s}' > "$venv/setup_seconds"; }
+
+again() {  # decides anew, from what is on disk now
+    rm -rf "$scratch"
+    TMPDIR=$callers_tmpdir exec tools/make_env.sh
+}
+
+main() {
+    choose_runtime
+    if [[ $because ]]; then say "TensorFlow $tf_version: $because"; fi
+    choose_build
+    keys "$build"
+    if complete; then
+        say "environment: .venv-$runtime is complete ($build build)"
+        return
+    fi
+
+    # one at a time; commands left over from a killed set-up hold the lock too, until they end
+    exec 9> "$venv.lock"
+    if ! flock -n 9; then
+        say "another set-up of .venv-$runtime is running; waiting for it to end"
+        flock 9
+        again
+    fi
+
+    say "making the environment .venv-$runtime ($build build$why)"
+    # (packages half installed may look whole to pip)
+    if ! stamped base "$key_base" || [[ ! -f $venv/stamps/packages ]] ||
+        ! "$venv/bin/python" -c '' 2> /dev/null; then
+        make_venv
+    fi
+    if ! stamped packages "$key_packages"; then
+        install_packages
+        if tests_gpu && ! gpu_runs; then
+            say "      no: $(grep -v '^[[:space:]]' "$log" | tail -n 1 | cut -c1-200)"
+            mv "$log" "$venv.no-gpu"
+            rm -rf "$venv"
+            again
+        fi
+        stamp packages "$key_packages"
+    fi
+    echo "$build" > "$venv/build"
+    if ! stamped horovod "$key_horovod"; then install_horovod; stamp horovod "$key_horovod"; fi
+    if ! stamped op "$key_op" || [[ ! -f $op ]]; then
+        get_system_packages
+        build_op
+        stamp op "$key_op"
+    fi
+    if ! stamped check "$key_check"; then final_check; stamp check "$key_check"; fi
+    write_seconds
+    say "environment: .venv-$runtime is ready ($build build, $(< "$venv/setup_seconds") s)"
+}
+
+case ${1:-} in
+    --venv) choose_runtime; say "$venv" ;;
+    --find-python) choose_runtime; find_python ;;
+    *) main ;;
+esac
