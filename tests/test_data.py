@@ -1,0 +1,555 @@
+"""Lists, plan, single operations and views of data.py, against values computed by hand."""
+import os
+import random
+
+import cv2
+import numpy as np
+import pytest
+
+import data
+
+
+def write_image(path, value=0, size=(8, 8)):
+    """A lossless image, all of whose channels have this value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    extension = path.suffix if path.suffix.lower() in data.EXTENSIONS else '.png'
+    encoded = cv2.imencode(extension, np.full(size + (3,), value, np.uint8))[1]
+    path.write_bytes(encoded.tobytes())
+    return path
+
+
+def relative(images, root):
+    return [os.path.relpath(path, str(root)) for path in images.paths]
+
+
+# ------------------------------------------------------------------------------------------ lists
+
+def test_class_folders(tmp_path):
+    for name in ['train/b/2.JPG', 'train/b/1.png', 'train/a/deep/x.jpeg', 'train/a/y.webp',
+                 'train/c/z.bmp', 'val/c/1.png', 'val/a/1.png']:
+        write_image(tmp_path / name)
+    (tmp_path / 'train/b/notes.txt').write_text('x')
+    (tmp_path / 'train/.hidden').mkdir()
+    write_image(tmp_path / 'train/b/.hidden.png')
+
+    train = data.list_images(str(tmp_path), 'train', labelled=True)
+    assert relative(train, tmp_path) == ['train/a/deep/x.jpeg', 'train/a/y.webp', 'train/b/1.png',
+                                         'train/b/2.JPG', 'train/c/z.bmp']
+    assert train.labels.tolist() == [0, 0, 1, 1, 2] and train.labels.dtype == np.int32
+    assert train.classes == ['a', 'b', 'c']
+
+    # a class that val lacks keeps its number
+    val = data.list_images(str(tmp_path), 'val', labelled=True)
+    assert relative(val, tmp_path) == ['val/a/1.png', 'val/c/1.png']
+    assert val.labels.tolist() == [0, 2]
+
+    unlabelled = data.list_images(str(tmp_path), 'train')
+    assert relative(unlabelled, tmp_path) == relative(train, tmp_path)
+    assert unlabelled.labels is None and unlabelled.classes is None
+
+
+@pytest.mark.parametrize('where', ['val.txt', 'val/val.txt'])
+def test_flat_val_with_list(tmp_path, where):
+    for name in ['train/a/1.png', 'train/b c/1.png', 'train/d/1.png',
+                 'val/x.png', 'val/y y.png', 'val/z.png']:
+        write_image(tmp_path / name)
+    (tmp_path / where).write_text('z.png d\n\ny y.png 1\nval/x.png 2\nelsewhere.png 0\n')
+    val = data.list_images(str(tmp_path), 'val', labelled=True)
+    assert relative(val, tmp_path) == ['val/x.png', 'val/y y.png', 'val/z.png']
+    assert val.labels.tolist() == [2, 1, 2]
+
+
+def test_any_folder_for_pretraining(tmp_path):
+    for name in ['b.png', 'a/2.png', 'a/1.png']:
+        write_image(tmp_path / name)
+    assert relative(data.list_images(str(tmp_path)), tmp_path) == ['a/1.png', 'a/2.png', 'b.png']
+
+
+def test_links_are_followed_without_looping(tmp_path):
+    write_image(tmp_path / 'elsewhere/1.png')
+    write_image(tmp_path / 'root/train/a/2.png')
+    (tmp_path / 'root/train/b').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'root/train/a/up').symlink_to(tmp_path / 'root/train/a')
+    (tmp_path / 'root/train/a/gone.png').symlink_to(tmp_path / 'nowhere')
+    (tmp_path / 'root/train/a/self').symlink_to(tmp_path / 'root/train/a/self')
+    images = data.list_images(str(tmp_path / 'root'), 'train', labelled=True)
+    # the broken link is listed, and will be reported when it is read; a link to itself is no image
+    assert relative(images, tmp_path / 'root') == ['train/a/2.png', 'train/a/gone.png',
+                                                   'train/b/1.png']
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    path = os.path.join(os.fsencode(str(tmp_path)), b'\xff.png')
+    with open(path, 'wb') as file:
+        file.write(cv2.imencode('.png', np.full((4, 4, 3), 7, np.uint8))[1].tobytes())
+    images = data.list_images(str(tmp_path))
+    assert data.decode_image(images.paths[0])[0, 0].tolist() == [7, 7, 7]
+
+
+def test_digest_sees_names_and_labels(tmp_path):
+    for root in ('one', 'two', 'three', 'four'):
+        write_image(tmp_path / root / 'train/a/1.png')
+        write_image(tmp_path / root / 'train/b/1.png')
+    (tmp_path / 'three/train/b/1.png').rename(tmp_path / 'three/train/b/2.png')
+    (tmp_path / 'four/train/0').mkdir()
+    write_image(tmp_path / 'four/train/0/1.png')
+    digests = [data.digest_images(data.list_images(str(tmp_path / root), 'train', labelled=True))
+               for root in ('one', 'two', 'three', 'four')]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def make_flat_val(tmp_path, lines):
+    for name in ['train/a/1.png', 'train/b/1.png', 'val/x.png', 'val/y.png']:
+        write_image(tmp_path / name)
+    if lines is not None:
+        (tmp_path / 'val.txt').write_text(lines)
+
+
+@pytest.mark.parametrize('lines, message', [
+    (None, 'have no labels'),
+    ('x.png 0\n', 'val.txt has no label for y.png'),
+    ('x.png 0\ny.png cat\n', 'line 2 of .*val.txt: cat is neither a class'),
+    ('x.png 0\ny.png 2\n', 'line 2 of .*val.txt: 2 is neither a class .* number below 2'),
+    ('x.png 0\ny.png -1\n', 'line 2 .* -1'),
+    ('x.png 0\n\ny.png\n', 'line 3 of .*val.txt is not "name label": y.png'),
+])
+def test_errors_of_label_lists(tmp_path, lines, message):
+    make_flat_val(tmp_path, lines)
+    with pytest.raises(data.DataError, match=message):
+        data.list_images(str(tmp_path), 'val', labelled=True)
+
+
+@pytest.mark.parametrize('files, folders, split, labelled, message', [
+    ([], [], 'train', False, 'there is no image'),
+    (['a.txt'], ['train'], 'train', False, 'there is no image .* in .*/train$'),
+    (['a.png'], [], 'train', True, 'there is no folder .*/train$'),
+    (['train/a.png'], [], 'train', True, 'one folder a class'),
+    (['train/a/1.png'], ['train/b'], 'train', True, 'no image in the class folder .*/train/b$'),
+    (['train/a/1.png'], [], 'val', True, 'there is no folder .*/val$'),
+    (['train/a/1.png', 'val/a/1.png'], ['val/b'], 'val', True, 'the class b of .* is not in'),
+    (['train/a/1.png'], ['val/a'], 'val', True, 'no image in the class folder .*/val/a$'),
+])
+def test_errors_of_folders(tmp_path, files, folders, split, labelled, message):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+    for name in files:
+        write_image(tmp_path / name)
+    with pytest.raises(data.DataError, match=message):
+        data.list_images(str(tmp_path), split, labelled)
+
+
+def test_missing_root(tmp_path):
+    with pytest.raises(data.DataError, match='there is no folder .*/gone'):
+        data.list_images(str(tmp_path / 'gone'))
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+def test_decode(tmp_path):
+    # a red pixel: BGR
+    red = np.zeros((2, 3, 3), np.uint8)
+    red[..., 2] = 255
+    path = tmp_path / 'red.png'
+    path.write_bytes(cv2.imencode('.png', red)[1].tobytes())
+    np.testing.assert_array_equal(data.decode_image(str(path)), red)
+
+    # gray and 16-bit images become three channels of 8 bits
+    gray16 = np.full((2, 2), 0x1234, np.uint16)
+    path.write_bytes(cv2.imencode('.png', gray16)[1].tobytes())
+    image = data.decode_image(str(path))
+    assert image.dtype == np.uint8 and image.tolist() == [[[0x12] * 3] * 2] * 2
+
+    # EXIF orientation 6, of a jpeg whose left half is white: turned clockwise, its upper half is
+    left = np.zeros((16, 32, 3), np.uint8)
+    left[:, :16] = 255
+    jpeg = cv2.imencode('.jpg', left)[1].tobytes()
+    tiff = b'MM\0*\0\0\0\x08' + b'\0\x01' + b'\x01\x12\0\x03\0\0\0\x01\0\x06\0\0' + b'\0\0\0\0'
+    exif = b'Exif\0\0' + tiff
+    path.write_bytes(jpeg[:2] + b'\xff\xe1' + (len(exif) + 2).to_bytes(2, 'big') + exif + jpeg[2:])
+    image = data.decode_image(str(path))
+    assert image.shape == (32, 16, 3)
+    assert image[4, 8, 0] > 250 and image[28, 8, 0] < 5
+
+
+@pytest.mark.parametrize('content', [b'', b'not an image', b'\x89PNG\r\n\x1a\n'])
+def test_unreadable(tmp_path, content):
+    (tmp_path / 'x.png').write_bytes(content)
+    assert data.decode_image(str(tmp_path / 'x.png')) is None
+    assert data.decode_image(str(tmp_path / 'gone.png')) is None
+    assert data.decode_image(str(tmp_path)) is None
+
+
+def test_the_next_readable_image_takes_the_place(tmp_path):
+    for i in range(5):
+        write_image(tmp_path / '{}.png'.format(i), value=i)
+    for i in (3, 4):
+        (tmp_path / '{}.png'.format(i)).write_bytes(b'')
+    reported = []
+    reader = data.ImageReader(data.list_images(str(tmp_path)), reported.append)
+    for index, expected in [(2, 2), (4, 0), (3, 0), (4, 0)]:
+        actual, image = reader.read(index)
+        assert (actual, image[0, 0, 0]) == (expected, expected)
+    assert reported == [4, 3]
+
+    for i in range(3):
+        (tmp_path / '{}.png'.format(i)).write_bytes(b'')
+    with pytest.raises(data.DataError, match='none of the 5 images'):
+        reader.read(0)
+
+
+# ------------------------------------------------------------------------------ single operations
+
+def adjusted(operation, pixels, value=None):
+    """What an operation makes of a row of BGR pixels."""
+    image = np.array([pixels], np.uint8)
+    if value is None:
+        operation(image)
+    else:
+        operation(image, value)
+    return image[0].tolist()
+
+
+def test_brightness():
+    # truncated, as PIL does: 100 * 1.1, 99 * 1.1 = 108.9, 240 * 1.1 = 264
+    assert adjusted(data.adjust_brightness, [[100, 99, 240]], 1.1) == [[110, 108, 255]]
+    assert adjusted(data.adjust_brightness, [[100, 99, 0]], 0.6) == [[60, 59, 0]]
+
+
+def test_contrast():
+    # luma of gray pixels 10, 20, 90, 100 is themselves: mean 55
+    gray = [[v] * 3 for v in (10, 20, 90, 100)]
+    assert adjusted(data.adjust_contrast, gray, 0.5) == [[v] * 3 for v in (32, 37, 72, 77)]
+    # 55 + 1.4 * (v - 55): -8, 6, 104, 118
+    assert adjusted(data.adjust_contrast, gray, 1.4) == [[v] * 3 for v in (0, 6, 104, 118)]
+    # the mean is rounded: of 10, 11 it is 10.5 -> 11, and of the luma: 0.114 B of blue 200 is 22.8
+    assert adjusted(data.adjust_contrast, [[10] * 3, [11] * 3], 0) == [[11] * 3] * 2
+    assert adjusted(data.adjust_contrast, [[200, 0, 0]], 0) == [[23] * 3]
+
+
+def test_saturation():
+    # luma of B 50, G 100, R 200: 0.114 * 50 + 0.587 * 100 + 0.299 * 200 = 124.2 -> 124
+    assert adjusted(data.adjust_saturation, [[50, 100, 200]], 0) == [[124] * 3]
+    assert adjusted(data.adjust_saturation, [[50, 100, 200]], 0.5) == [[87, 112, 162]]
+    # 124 + 1.4 * (v - 124) = 20.4, 90.4, 230.4
+    assert adjusted(data.adjust_saturation, [[50, 100, 200]], 1.4) == [[20, 90, 230]]
+
+
+@pytest.mark.parametrize('shift, expected', [
+    (0, [[0, 0, 255], [0, 255, 0], [255, 0, 0], [77, 77, 77]]),
+    (1 / 3, [[0, 255, 0], [255, 0, 0], [0, 0, 255], [77, 77, 77]]),
+    (-1 / 3, [[255, 0, 0], [0, 0, 255], [0, 255, 0], [77, 77, 77]]),
+])
+def test_hue(shift, expected):
+    # red, green, blue follow each other at thirds of the circle; gray has no hue
+    got = adjusted(data.adjust_hue, [[0, 0, 255], [0, 255, 0], [255, 0, 0], [77, 77, 77]], shift)
+    # one of 256 steps of the circle is up to 6 of 255
+    np.testing.assert_allclose(got, expected, atol=12)
+
+
+def test_gray_and_flip():
+    assert adjusted(data.convert_to_gray, [[50, 100, 200]]) == [[124] * 3]
+    assert adjusted(data.flip, [[1, 2, 3], [4, 5, 6], [7, 8, 9]]) == [
+        [7, 8, 9], [4, 5, 6], [1, 2, 3]]
+
+
+@pytest.mark.parametrize('sigma', [0.3, 0.5, 0.77, 1, 1.5, 1.76, 2])
+def test_blur(sigma):
+    taps = data.gaussian_taps(sigma)
+    radius = int(np.ceil(3 * sigma))
+    offsets = np.arange(-radius, radius + 1)
+    weights = np.exp(-offsets**2 / (2 * sigma**2))
+    weights /= weights.sum()
+    np.testing.assert_allclose(taps[:, 0], weights, atol=2 / 256)
+
+    # no change of brightness, repeated border; an edge gets blurred as by the exact kernel
+    image = np.zeros((9, 40, 3), np.uint8)
+    image[:, 20:] = 200
+    data.blur(image, sigma)
+    row = np.repeat([0.0, 200.0], 20)
+    exact = np.convolve(np.pad(row, radius, mode='edge'), weights, mode='valid')
+    np.testing.assert_allclose(image[4, :, 1], exact, atol=3)
+    assert image[:, 0].max() == 0 and (image[:, -1] == 200).all()
+
+
+def test_a_blur_too_small_to_see_is_left_out():
+    noise = np.random.RandomState(0).randint(0, 256, (20, 20, 3)).astype(np.uint8)
+    exact = cv2.GaussianBlur(noise.astype(np.float64), (3, 3), 0.25,
+                             borderType=cv2.BORDER_REPLICATE)
+    np.testing.assert_allclose(noise, exact, atol=0.5)
+    image = noise.copy()
+    data.blur(image, 0.249)
+    np.testing.assert_array_equal(image, noise)
+
+
+@pytest.mark.parametrize('size', [1, 7, 32, 33, 224])
+def test_in_place_is_like_out_of_place(size):
+    # OpenCV's vectorised loops must not read again what they have written
+    image = np.random.RandomState(size).randint(0, 256, (size, size, 3)).astype(np.uint8)
+    gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    gray3 = np.repeat(gray[:, :, None], 3, axis=2)
+    mean = int(gray.mean() + 0.5)
+    truncate = np.vectorize(lambda v: int(min(255, max(0, v + 1e-3))), otypes=[np.int32])
+    for operation, value, expected in [
+            (data.adjust_brightness, 1.37, truncate(image * 1.37)),
+            (data.adjust_contrast, 1.37, truncate(mean + (image - float(mean)) * 1.37)),
+            (data.adjust_saturation, 1.37, truncate(gray3 + (image - gray3.astype(float)) * 1.37)),
+            (data.convert_to_gray, None, gray3),
+            (data.flip, None, image[:, ::-1])]:
+        changed = image.copy()
+        operation(*[changed] + ([] if value is None else [value]))
+        np.testing.assert_allclose(changed, expected, atol=1 if value else 0)
+
+
+# ------------------------------------------------------------------------------ crops and views
+
+def test_sample_crop_is_inside_and_covers_the_ranges():
+    rng = random.Random(0)
+    boxes = [data.sample_crop(rng, 300, 400, (0.2, 0.6)) for _ in range(2000)]
+    y, x, h, w = np.array(boxes).T
+    assert (y >= 0).all() and (x >= 0).all() and (y + h <= 300).all() and (x + w <= 400).all()
+    fractions, aspects = h * w / 120000, w / h
+    assert 0.195 < fractions.min() < 0.21 and 0.59 < fractions.max() < 0.605
+    assert 0.74 < aspects.min() < 0.76 and 1.32 < aspects.max() < 1.35
+    assert len(set(y)) > 100 and len(set(x)) > 100
+
+    # nothing fits: the central square
+    assert data.sample_crop(rng, 10, 1000, (0.9, 1)) == (0, 495, 10, 10)
+    assert data.sample_crop(rng, 1, 1, (0.01, 0.02)) == (0, 0, 1, 1)
+
+
+def test_sample_jitter():
+    rng = random.Random(0)
+    orders, values = set(), {}
+    for _ in range(2000):
+        jitter = data.sample_jitter(rng, 0.4, 0.3, 0.2, 0.1)
+        orders.add(tuple(function.__name__ for function, _ in jitter))
+        for function, value in jitter:
+            values.setdefault(function, []).append(value)
+    assert len(orders) == 24
+    for function, low, high in [(data.adjust_brightness, 0.6, 1.4),
+                                (data.adjust_contrast, 0.7, 1.3),
+                                (data.adjust_saturation, 0.8, 1.2), (data.adjust_hue, -0.1, 0.1)]:
+        low_seen, high_seen = min(values[function]), max(values[function])
+        assert low <= low_seen < low + 0.01 and high - 0.01 < high_seen <= high
+
+
+class Script:
+    """A random.Random whose numbers are written down."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self):
+        return self.numbers.pop(0)
+
+
+# area 1, aspect 1, no swap, x, y
+WHOLE = [0, 3 / 7, 0.9, 0, 0]
+# factors 1, shift 0, first order
+NEUTRAL = [0.5, 0.5, 0.5, 0.5, 0]
+
+
+@pytest.fixture
+def photo():
+    """A smooth image of many colours, 32 x 32."""
+    noise = np.random.RandomState(1).randint(0, 256, (6, 6, 3)).astype(np.uint8)
+    return cv2.resize(noise, (32, 32), interpolation=cv2.INTER_CUBIC)
+
+
+def draw(view, image, numbers, size=32):
+    out = np.full((size, size, 3), 99, np.uint8)
+    rng = Script(*numbers)
+    view(image, out, rng, (1, 1))
+    assert not rng.numbers  # as many as expected were drawn
+    return out
+
+
+def test_order_of_v1(photo):
+    # gray, then jitter, always; then the flip
+    plain = draw(data.moco_v1_view, photo, WHOLE + [0.5] + NEUTRAL + [0.9])
+    np.testing.assert_allclose(plain, photo, atol=8)  # but for the rounding of hue
+    gray = draw(data.moco_v1_view, photo, WHOLE + [0.19] + NEUTRAL + [0.9])
+    assert (gray[..., 0] == gray[..., 2]).all()
+    flipped = draw(data.moco_v1_view, photo, WHOLE + [0.5] + NEUTRAL + [0.49])
+    np.testing.assert_array_equal(flipped, plain[:, ::-1])
+    # hue 0.4: a shift of +0.4 turns
+    expected = photo.copy()
+    data.adjust_hue(expected, 0.4)
+    turned = draw(data.moco_v1_view, photo, WHOLE + [0.5] + [0.5, 0.5, 0.5, 1, 0] + [0.9])
+    np.testing.assert_allclose(turned, expected, atol=3)
+
+
+def test_order_of_v2(photo):
+    # jitter with p 0.8, gray, blur, flip: one with all, by hand
+    jitter = [0.75, 0.25, 1, 0, 0.999]  # factors 1.2, 0.8, 1.4, shift -0.1, the last order
+    everything = draw(data.moco_v2_view, photo,
+                      WHOLE + [0.79] + jitter + [0.19] + [0.49, 1] + [0.49])
+    expected = photo.copy()
+    data.adjust_hue(expected, -0.1)
+    data.adjust_saturation(expected, 1.4)
+    data.adjust_contrast(expected, 0.8)
+    data.adjust_brightness(expected, 1.2)
+    data.convert_to_gray(expected)
+    data.blur(expected, 2.0 * 32 / 224)
+    np.testing.assert_array_equal(everything, expected[:, ::-1])
+
+    nothing = draw(data.moco_v2_view, photo, WHOLE + [0.8, 0.2, 0.5, 0.5])
+    np.testing.assert_array_equal(nothing, photo)
+
+    # the blur of a 224-pixel view has the published sigma
+    big = cv2.resize(photo, (224, 224))
+    blurred = draw(data.moco_v2_view, big, WHOLE + [0.8, 0.2] + [0.49, 0.5] + [0.5], size=224)
+    expected = big.copy()
+    data.blur(expected, 1.05)
+    np.testing.assert_array_equal(blurred, expected)
+
+
+def test_linear_views(photo):
+    np.testing.assert_array_equal(draw(data.linear_train_view, photo, WHOLE + [0.4]),
+                                  photo[:, ::-1])
+
+    # shortest edge 256, centre 224: of 512 x 768 the middle 448 x 448 halved
+    image = np.zeros((512, 768, 3), np.uint8)
+    image[32:480, 160:608] = 255
+    out = np.zeros((224, 224, 3), np.uint8)
+    data.center_crop_view(image, out)
+    assert (out == 255).all()
+    # an image of the size asked for is taken whole
+    small = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    out = np.zeros_like(small)
+    data.center_crop_view(small, out)
+    np.testing.assert_array_equal(out, small)
+    out = np.zeros((224, 224, 3), np.uint8)
+    # one more row or column would show
+    image[:34] = image[478:] = 0
+    image[:, :162] = image[:, 606:] = 0
+    data.center_crop_view(image, out)
+    assert (out[1:-1, 1:-1] == 255).all()
+    assert not out[0].any() and not out[-1].any() and not out[:, 0].any() and not out[:, -1].any()
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (3, 2000), (2000, 3), (500, 375)])
+def test_views_of_odd_images(shape):
+    image = np.full(shape + (3,), 50, np.uint8)
+    out = np.zeros((32, 32, 3), np.uint8)
+    data.center_crop_view(image, out)
+    assert (out == 50).all()
+    rng = random.Random(0)
+    for view in (data.moco_v1_view, data.moco_v2_view, data.linear_train_view):
+        out[:] = 0
+        view(image, out, rng)
+        assert out.min() > 0
+
+
+# ----------------------------------------------------------------------------------------- plan
+
+@pytest.mark.parametrize('size, batch', [(1, 4), (2, 3), (3, 7), (4, 25)])
+def test_every_image_once_per_epoch(size, batch):
+    num_images, epochs = 10, 3
+    stream = []
+    for step in range(epochs * num_images // (size * batch) + 1):
+        for rank in range(size):
+            images = data.images_of_batch(step, rank, size, batch, num_images, seed=5)
+            assert len(images) == batch
+            stream += images
+    orders = []
+    for epoch in range(epochs):
+        part = stream[epoch * num_images:(epoch + 1) * num_images]
+        assert [e for e, _ in part] == [epoch] * num_images
+        orders.append([index for _, index in part])
+        assert sorted(orders[-1]) == list(range(num_images))
+    assert orders[0] != orders[1] != orders[2]
+    assert data.images_of_batch(0, 0, size, batch, num_images, seed=6) != stream[:batch]
+
+
+def test_order_of_an_epoch_never_changes():
+    # a resumed run may have another version of NumPy
+    assert data.epoch_permutation(1, 2, 8).tolist() == [2, 4, 1, 5, 6, 3, 0, 7]
+
+
+
+
+
+@pytest.mark.parametrize('size, batch, num_images', [(1, 4, 10), (3, 4, 10), (2, 5, 10), (4, 3, 2)])
+def test_bounded_pass(size, batch, num_images):
+    got = []
+    for rank in range(size):
+        steps = data.num_bounded_batches(rank, size, batch, num_images)
+        batches = [list(data.images_of_bounded_batch(step, rank, size, batch, num_images))
+                   for step in range(steps)]
+        assert all(len(images) == batch for images in batches[:-1])
+        assert all(batches)
+        assert sum(batches, []) == list(range(num_images))[rank::size]
+        got += sum(batches, [])
+    assert sorted(got) == list(range(num_images))
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/{a,b,c}, 3 images of noise each."""
+    rng = np.random.RandomState(3)
+    for i in range(9):
+        path = write_image(tmp_path / 'train' / 'abc'[i // 3] / '{}.png'.format(i))
+        noise = rng.randint(0, 256, (20, 24, 3)).astype(np.uint8)
+        path.write_bytes(cv2.imencode('.png', noise)[1].tobytes())
+    return str(tmp_path)
+
+
+def fill(folder, task, step, seed=0, rank=0, size=2, batch=4):
+    labelled = task in ('linear', 'eval')
+    reader = data.ImageReader(data.list_images(folder, 'train', labelled), pytest.fail)
+    batches = data.create_batches(task, reader, rank, size, batch, 16, seed, (0.2, 1))
+    arrays = [np.full(shape, 77, dtype) for shape, dtype in batches.specs(step)]
+    batches.fill(step, arrays)
+    return arrays
+
+
+@pytest.mark.parametrize('task', ['moco-v1', 'moco-v2', 'linear'])
+def test_batches_follow_from_the_seed(folder, task):
+    first = fill(folder, task, step=3)
+    for again in (fill(folder, task, step=3), fill(folder, task, step=3)):
+        for one, other in zip(first, again):
+            np.testing.assert_array_equal(one, other)
+    for other in (fill(folder, task, step=3, seed=1), fill(folder, task, step=4),
+                  fill(folder, task, step=3, rank=1)):
+        assert (first[0] != other[0]).any()
+    assert first[0].shape == (4, 16, 16, 3) and first[0].dtype == np.uint8
+    if task == 'linear':
+        plan = data.images_of_batch(3, 0, 2, 4, 9, 0)
+        assert first[1].dtype == np.int32
+        assert first[1].tolist() == [index // 3 for _, index in plan]
+    else:
+        assert (first[0] != first[1]).any()  # two views
+
+
+def test_an_image_is_cropped_anew_in_every_epoch(folder):
+    views = {}
+    for step in range(4):
+        query, _ = fill(folder, 'moco-v2', step, size=1, batch=9)
+        for view, (epoch, index) in zip(query, data.images_of_batch(step, 0, 1, 9, 9, 0)):
+            assert epoch == step
+            views.setdefault(index, set()).add(view.tobytes())
+    assert [len(views[index]) for index in range(9)] == [4] * 9
+
+
+def test_seeds_of_images_give_different_numbers():
+    rng, seen = random.Random(), set()
+    for seed in range(6):
+        for epoch in range(6):
+            for index in range(6):
+                rng.seed(data.seed_of_image(seed, epoch, index))
+                seen.add(rng.random())
+    assert len(seen) == 6**3
+
+
+def test_eval_batches(folder):
+    # rank 1 of 2 has images 1, 3, 5, 7: a batch of 3 and one of 1
+    images, labels = fill(folder, 'eval', step=0, rank=1, batch=3)
+    assert images.shape == (3, 16, 16, 3) and labels.tolist() == [0, 1, 1]
+    images, labels = fill(folder, 'eval', step=1, rank=1, batch=3)
+    assert images.shape == (1, 16, 16, 3) and labels.tolist() == [2]
+    expected = np.zeros((16, 16, 3), np.uint8)
+    data.center_crop_view(data.decode_image(data.list_images(folder).paths[7]), expected)
+    np.testing.assert_array_equal(images[0], expected)

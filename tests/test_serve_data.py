@@ -1,0 +1,413 @@
+"""A real data server, from files to pulled batches, and how it ends."""
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import zmq
+
+import data
+import zmq_ops
+
+SERVER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'serve-data.py')
+PHOTO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/coffee.jpg')
+PATIENCE = 30  # seconds for anything, on a busy machine
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """root/{train,val}/{a,b}: 13 and 7 images; image i has the value 10 i everywhere."""
+    for split, count in (('train', 13), ('val', 7)):
+        for i in range(count):
+            path = tmp_path / 'root' / split / ('a' if i < 5 else 'b') / '{:02d}.png'.format(i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), np.full((10, 12, 3), 10 * i, np.uint8))
+    return str(tmp_path / 'root')
+
+
+class Server:
+    """A running server and what a trainer has of it."""
+
+    def __init__(self, address, flags):
+        read, self.lifeline = os.pipe()
+        self.address = address
+        command = [sys.executable, SERVER, '--address', address, '--lifeline', str(read)]
+        self.process = subprocess.Popen(command + [str(flag) for flag in flags], pass_fds=[read],
+                                        stderr=subprocess.PIPE, universal_newlines=True)
+        os.close(read)
+        self.context, self.sockets, self.connections = zmq.Context(), {}, []
+
+    def connect(self):
+        """Connect to the control socket: the file of its lines."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.connections.append(connection)
+        connection.settimeout(PATIENCE)
+        deadline = time.time() + PATIENCE
+        while True:
+            try:
+                connection.connect(os.path.join(self.address, 'control'))
+                return connection.makefile()
+            except OSError:
+                if time.time() > deadline or self.process.poll() is not None:
+                    raise
+                time.sleep(0.02)
+
+    def hello(self):
+        return json.loads(self.connect().readline())
+
+    def pull(self, rank, worker):
+        """One message: list of arrays."""
+        if (rank, worker) not in self.sockets:
+            pull_socket = self.context.socket(zmq.PULL)
+            pull_socket.set(zmq.RCVHWM, 1)
+            pull_socket.set(zmq.LINGER, 0)
+            pull_socket.connect('ipc://{}/rank{}-worker{}'.format(self.address, rank, worker))
+            self.sockets[rank, worker] = pull_socket
+        assert self.sockets[rank, worker].poll(1000 * PATIENCE)
+        return zmq_ops.load_arrays(self.sockets[rank, worker].recv())
+
+    def pull_stream(self, rank, num_workers, steps):
+        turns = itertools.cycle(range(num_workers))
+        return [self.pull(rank, next(turns)) for _ in range(steps)]
+
+    def workers(self):
+        """Process ids of the workers."""
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir('/proc')))
+                if (read_stat(pid) or [None, None])[1] == str(self.process.pid)]
+
+    def wait(self):
+        """Wait for the end: (exit code, standard error)."""
+        _, errors = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, errors
+
+    def drop_lifeline(self):
+        if self.lifeline is not None:
+            os.close(self.lifeline)
+            self.lifeline = None
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(flag, ...) -> Server."""
+    servers = []
+
+    def start_server(*flags):
+        servers.append(Server(str(tmp_path / 'sockets{}'.format(len(servers))), flags))
+        return servers[-1]
+    yield start_server
+    for server in servers:
+        server.drop_lifeline()
+        for connection in server.connections:
+            connection.close()
+        for pull_socket in server.sockets.values():
+            pull_socket.close()
+        server.context.term()
+        with contextlib.suppress(ProcessLookupError):
+            server.process.kill()
+        server.process.communicate()
+
+
+def read_stat(pid):
+    """State, parent's process id, ... of a process, or None."""
+    try:
+        with open('/proc/{}/stat'.format(pid)) as stat:
+            return stat.read().rsplit(')', 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def is_alive(pid):
+    return (read_stat(pid) or 'Z')[0] != 'Z'
+
+
+def wait_until(condition):
+    deadline = time.time() + PATIENCE
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+# --------------------------------------------------------------------------------------- batches
+
+def same(stream, other):
+    return len(stream) == len(other) and all(
+        np.array_equal(a, b) for one, two in zip(stream, other) for a, b in zip(one, two))
+
+
+def test_stream_depends_on_neither_workers_nor_start(folder, start):
+    flags = ['--data', folder, '--task', 'moco-v2', '--batch', 4, '--image-size', 16, '--seed', 3]
+    streams = []
+    for workers in (1, 2, 3):
+        server = start(*flags + ['--workers', workers])
+        facts = server.hello()
+        assert facts['images'] == 13 and facts['classes'] is None
+        assert facts['workers_per_rank'] == workers
+        streams.append(server.pull_stream(0, workers, 8))
+    assert same(streams[0], streams[1]) and same(streams[0], streams[2])
+
+    # what the server sends is what data.py makes
+    reader = data.ImageReader(data.list_images(folder), pytest.fail)
+    batches = data.create_batches('moco-v2', reader, 0, 1, 4, 16, 3, (0.2, 1))
+    views = [np.empty(shape, dtype) for shape, dtype in batches.specs(7)]
+    batches.fill(7, views)
+    assert same([views], streams[0][7:])
+
+    resumed = start(*flags + ['--workers', 2, '--start-batch', 5])
+    assert same(resumed.pull_stream(0, 2, 3), streams[0][5:])
+
+
+def test_no_two_views_are_the_same_whatever_the_workers(tmp_path, start):
+    # ten copies of a photograph: workers that drew the same random numbers would show, as would
+    # the numbers of a worker in the place of an image's
+    (tmp_path / 'root').mkdir()
+    for i in range(10):
+        shutil.copy(PHOTO, str(tmp_path / 'root' / '{}.jpg'.format(i)))
+    streams = []
+    for workers in (1, 3, 4):
+        server = start('--data', tmp_path / 'root', '--task', 'moco-v2', '--batch', 5,
+                       '--image-size', 32, '--workers', workers)
+        server.hello()
+        streams.append(server.pull_stream(0, workers, 6))
+    assert same(streams[0], streams[1]) and same(streams[0], streams[2])
+    views = {view.tobytes() for batch in streams[0] for array in batch for view in array}
+    assert len(views) == 6 * 5 * 2
+
+
+def test_two_ranks_share_an_epoch(folder, start):
+    server = start('--data', folder, '--task', 'linear', '--batch', 3, '--image-size', 8,
+                   '--ranks', '2,3', '--size', 4, '--workers', 3)
+    facts = server.hello()
+    assert facts['classes'] == 2 and facts['workers_per_rank'] == 2
+    assert facts['digest'] == data.digest_images(data.list_images(folder, 'train', True))
+    for rank in (2, 3):
+        for step, (images, labels) in enumerate(server.pull_stream(rank, 2, 5)):
+            plan = data.images_of_batch(step, rank, 4, 3, 13, 0)
+            # flat images stay what they are in any crop
+            assert images[:, 0, 0, 0].tolist() == [10 * index for _, index in plan]
+            assert images.shape == (3, 8, 8, 3)
+            assert labels.tolist() == [int(index >= 5) for _, index in plan]
+
+
+@pytest.mark.parametrize('size', [100, 300])
+@pytest.mark.parametrize('split, count', [('train', 13), ('val', 7)])
+def test_bounded_pass(folder, start, split, count, size):
+    server = start('--data', folder, '--task', 'eval', '--split', split, '--batch', 1,
+                   '--image-size', size, '--ranks', '0,1', '--size', 2, '--workers', 4)
+    lines = [server.connect(), server.connect()]
+    assert [json.loads(line.readline())['images'] for line in lines] == [count, count]
+    values = []
+    for rank in (0, 1):
+        # whether a batch fits into a socket's buffer or not, all wait for one who is late
+        values += server.pull(rank, 0)[0][:, 4, 4, 1].tolist()
+    time.sleep(1)
+    for rank in (0, 1):
+        steps = data.num_bounded_batches(rank, 2, 1, count)
+        for step in range(1, steps):
+            images, labels = server.pull(rank, step % 2)
+            values += images[:, 4, 4, 1].tolist()
+            assert labels.tolist() == [int(v >= 50) for v in images[:, 4, 4, 1]]
+    assert sorted(values) == [10 * i for i in range(count)]
+    for line, connection in zip(lines, server.connections):
+        assert server.process.poll() is None
+        connection.shutdown(socket.SHUT_RDWR)
+        assert line.readline() == ''
+    assert server.wait() == (0, '')
+    assert not os.path.exists(server.address)
+
+
+def test_fake(start):
+    server = start('--fake', 1000, '--task', 'moco-v1', '--batch', 4, '--image-size', 8,
+                   '--workers', 1)
+    assert server.hello()['images'] == 1000
+    first, second = server.pull_stream(0, 1, 2)
+    assert [array.shape for array in first] == [(4, 8, 8, 3)] * 2 and same([first], [second])
+    assert len(np.unique(first[0])) > 100
+
+    server = start('--fake', 5, '--task', 'eval', '--batch', 4, '--image-size', 8, '--workers', 1)
+    assert server.hello()['classes'] == 1000
+    assert [len(labels) for _, labels in server.pull_stream(0, 1, 2)] == [4, 1]
+
+
+# ------------------------------------------------------------------------------- unreadable images
+
+def test_an_unreadable_image_is_replaced_and_reported_once(folder, start):
+    bad = os.path.join(folder, 'train/a/03.png')
+    open(bad, 'w').close()
+    server = start('--data', folder, '--task', 'linear', '--batch', 13, '--image-size', 8,
+                   '--workers', 2)
+    server.hello()
+    for images, _ in server.pull_stream(0, 2, 4):
+        expected = [10 * i for i in range(13) if i != 3] + [40]
+        assert sorted(images[:, 0, 0, 0].tolist()) == sorted(expected)
+    server.drop_lifeline()
+    code, errors = server.wait()
+    assert errors.count(bad) == 1
+
+
+def test_too_many_unreadable_images_end_the_server(folder, start):
+    bad = [os.path.join(folder, 'train', name) for name in ('a/03.png', 'b/12.png')]
+    for path in bad:
+        open(path, 'w').close()
+    server = start('--data', folder, '--task', 'moco-v2', '--batch', 13, '--workers', 1)
+    lines = server.connect()
+    lines.readline()
+    error = json.loads(lines.readline())['error']
+    assert error == '2 of 13 images, more than 1 %, cannot be read: {}, {}'.format(*bad)
+    code, errors = server.wait()
+    assert code == 1 and errors.splitlines()[-1] == 'serve-data: error: ' + error
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+def test_every_rank_learns_what_is_wrong_with_the_data(folder, start):
+    os.mkdir(os.path.join(folder, 'train/c'))
+    server = start('--data', folder, '--task', 'linear', '--ranks', '0,1', '--size', 2)
+    message = 'there is no image in the class folder {}/train/c'.format(folder)
+    first = server.connect()
+    assert json.loads(first.readline()) == {'error': message}
+    # it waits for the second
+    second = server.connect()
+    assert json.loads(second.readline()) == {'error': message}
+    assert first.readline() == second.readline() == ''
+    assert server.wait() == (1, 'serve-data: error: {}\n'.format(message))
+    assert not os.path.exists(server.address)
+
+
+def run(*flags):
+    done = subprocess.run([sys.executable, SERVER] + list(flags), stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=PATIENCE)
+    return done.returncode, done.stderr
+
+
+def test_addresses_that_cannot_be_used(folder, tmp_path):
+    flags = ['--data', folder, '--task', 'linear']
+    long = str(tmp_path / ('x' * 100))
+    code, errors = run('--address', long, *flags)
+    assert code == 1 and 'can have 107 bytes' in errors and len(errors.splitlines()) == 1
+    assert not os.path.exists(long)
+
+    # somebody else's files stay
+    used = tmp_path / 'used'
+    used.mkdir(mode=0o700)
+    (used / 'control').write_text('x')
+    code, errors = run('--address', str(used), *flags)
+    assert code == 1 and 'must be empty' in errors
+    assert (used / 'control').read_text() == 'x'
+
+    public = tmp_path / 'public'
+    public.mkdir()
+    public.chmod(0o755)
+    code, errors = run('--address', str(public), *flags)
+    assert code == 1 and 'mode 700' in errors
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--ranks', '0,2', '--size', '2'], '--ranks must be different numbers below --size 2'),
+    (['--ranks', 'a'], '--ranks must be numbers'),
+    (['--batch', '0'], '--batch must be at least 1, got 0'),
+    (['--crop-area', '0.5', '0.2'], '--crop-area must be 0 < LO <= HI <= 1, got 0.5 0.2'),
+    (['--seed', '-1'], '--seed must be'),
+])
+def test_bad_flags(tmp_path, flags, message):
+    code, errors = run('--fake', '10', '--task', 'linear', '--address', str(tmp_path / 's'), *flags)
+    assert code == 2 and message in errors.splitlines()[-1]
+
+
+def test_too_few_open_files(tmp_path):
+    command = 'ulimit -n 60; exec "$@"'
+    done = subprocess.run(
+        ['sh', '-c', command, 'sh', sys.executable, SERVER, '--fake', '10', '--task', 'linear',
+         '--address', str(tmp_path / 's')],
+        stderr=subprocess.PIPE, universal_newlines=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert '66 open files are needed, but the limit is 60' in done.stderr
+
+
+# --------------------------------------------------------------------------------------- the end
+
+def start_two_ranks(folder, start):
+    """A server, most of whose workers wait for a pull, its workers, and its two connections."""
+    server = start('--data', folder, '--task', 'moco-v2', '--batch', 4, '--image-size', 16,
+                   '--ranks', '0,1', '--size', 2, '--workers', 4)
+    lines = [server.connect(), server.connect()]
+    for line in lines:
+        assert 'images' in json.loads(line.readline())
+    workers = server.workers()
+    assert len(workers) == 4
+    server.pull(0, 0)
+    return server, workers, lines
+
+
+def assert_all_gone(server, workers):
+    wait_until(lambda: not any(map(is_alive, workers)))
+    wait_until(lambda: not os.path.exists(server.address))
+
+
+def test_a_killed_worker_ends_everything(folder, start):
+    server, workers, lines = start_two_ranks(folder, start)
+    victim = sorted(workers)[2]
+    os.kill(victim, signal.SIGKILL)
+    for line in lines:
+        error = json.loads(line.readline())['error']
+        assert error == 'data worker 0 of rank 1 (pid {}) was killed by signal 9'.format(victim)
+        assert line.readline() == ''
+    assert server.wait() == (1, 'serve-data: error: {}\n'.format(error))
+    assert_all_gone(server, workers)
+
+
+def test_a_failing_worker_says_why(tmp_path, start):
+    # one unreadable image is forgiven, but there is no other
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images/1.png').write_bytes(b'')
+    server = start('--data', tmp_path / 'images', '--task', 'moco-v2', '--workers', 1)
+    lines = server.connect()
+    lines.readline()
+    error = json.loads(lines.readline())['error']
+    assert error.startswith('data worker 0 of rank 0 (pid ')
+    assert error.endswith(') failed: DataError: none of the 1 images can be read')
+    assert server.wait()[0] == 1
+
+
+def test_the_server_ends_with_its_lifeline(folder, start):
+    server, workers, lines = start_two_ranks(folder, start)
+    server.drop_lifeline()
+    assert server.wait() == (0, '')
+    assert_all_gone(server, workers)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_everything(folder, start, number):
+    server, workers, lines = start_two_ranks(folder, start)
+    server.process.send_signal(number)
+    message = 'the data server was ended by {}'.format(signal.Signals(number).name)
+    assert [json.loads(line.readline()) for line in lines] == [{'error': message}] * 2
+    assert server.wait()[0] == 128 + number
+    assert_all_gone(server, workers)
+
+
+def test_workers_and_folder_go_with_a_killed_server(folder, start):
+    server, workers, lines = start_two_ranks(folder, start)
+    server.process.kill()
+    assert lines[0].readline() == ''
+    assert_all_gone(server, workers)
+
+
+def test_the_server_ends_when_all_trainers_are_gone(folder, start):
+    server, workers, lines = start_two_ranks(folder, start)
+    lines[0].close()
+    server.connections[0].close()
+    server.pull(1, 0)
+    assert server.process.poll() is None and all(map(is_alive, workers))
+    lines[1].close()
+    server.connections[1].close()
+    assert server.wait() == (0, '')
+    assert_all_gone(server, workers)
