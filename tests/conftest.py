@@ -1,0 +1,12 @@
+"""For all tests: TensorFlow on one thread that does not spin, since graphs are tiny,
+and without its chatter."""
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('KMP_BLOCKTIME', '0')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+from tensorpack import tfv1 as tf  # noqa: E402
+
+tf.logging.set_verbosity(tf.logging.ERROR)
+tf.disable_v2_behavior()  # as launch.begin() does

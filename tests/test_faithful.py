@@ -1,0 +1,593 @@
+"""Proof that data.py augments as the recipes say: pixels against PIL, tensorpack and float64, and
+random choices against their distributions and tensorpack's sampling.
+
+    python -m pytest -s -k differences tests/test_faithful.py    # 5 s; the README's table
+
+All seeds are fixed, so each test always has the same outcome. A statistical test fails at p below
+SIGNIFICANCE; there are 311, so with 3 % of other seeds one would fail by chance. The samples are
+large enough for a probability off by 0.02, or a range 5 % too wide or too narrow, to fail.
+"""
+import itertools
+import math
+import os
+import random
+import re
+import statistics
+import types
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from tensorpack.dataflow import imgaug
+from tensorpack.dataflow.imgaug.transform import CropTransform, ResizeTransform
+
+import data
+import references
+
+# 375 x 500, the usual size of ImageNet's; see tests/data/README.md
+PHOTO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/coffee.jpg')
+SIGNIFICANCE = 1e-4
+TASKS = ['moco-v1', 'moco-v2', 'linear']
+AREAS = {'moco-v1': (0.2, 1), 'moco-v2': (0.2, 1), 'linear': (0.08, 1)}
+
+
+def mean_difference(one, other):
+    return np.abs(one.astype(float) - other).mean()
+
+
+@pytest.fixture(scope='module')
+def pictures():
+    """From all colours at once to hardly any, from smooth to noise."""
+    rng = np.random.RandomState(0)
+    photo = cv2.imread(PHOTO)
+    blobs = cv2.resize(rng.randint(0, 256, (9, 9, 3)).astype(np.uint8), (224, 224),
+                       interpolation=cv2.INTER_CUBIC)
+    return {'photo': photo, 'smooth': blobs,
+            'noise': rng.randint(0, 256, (224, 224, 3)).astype(np.uint8),
+            'noisy photo': references.to_uint8(photo + rng.normal(0, 20, photo.shape)),
+            'dull': references.to_uint8(128 + rng.normal(0, 6, (224, 224, 3)))}
+
+
+# ------------------------------------------------------------------------------- single operations
+
+FACTORS = [0.6, 0.85, 1, 1.2, 1.4]
+# data.py's name -> (values, tensorpack's augmentor)
+COLOUR_STEPS = {
+    'adjust_brightness': (FACTORS, imgaug.BrightnessScale((0.6, 1.4))),
+    'adjust_contrast': (FACTORS, imgaug.Contrast((0.6, 1.4), rgb=False)),
+    'adjust_saturation': (FACTORS, imgaug.Saturation(0.4, rgb=False)),
+    'adjust_hue': ([-0.4, -0.25, -0.1, -0.03, 0, 0.03, 0.1, 0.25, 0.4], imgaug.Hue(rgb=False)),
+    'convert_to_gray': ([None], None),
+}
+
+
+def apply_step(name, image, *value):
+    changed = image.copy()
+    getattr(data, name)(changed, *value)
+    return changed
+
+
+def measure_step(name, image, value):
+    """Mean absolute difference from (PIL, tensorpack)."""
+    value = [] if value is None else [value]
+    ours, augmentor = apply_step(name, image, *value), COLOUR_STEPS[name][1]
+    from_tensorpack = 0.
+    if augmentor:
+        # OpenCV counts half degrees
+        theirs = augmentor._augment(image, value[0] * (180 if name == 'adjust_hue' else 1))
+        from_tensorpack = mean_difference(ours, theirs)
+    return mean_difference(ours, references.pil_step(name, image, *value)), from_tensorpack
+
+
+@pytest.mark.parametrize('name', COLOUR_STEPS)
+def test_colour_steps_against_pil_and_tensorpack(pictures, name):
+    # a step of hue is 1/255 of the circle in PIL, 1/256 here and 1/180 in tensorpack: one is up to
+    # 6 of 255 in one channel. Else only rounding differs: 0.5 in tensorpack's mean for contrast.
+    limits = (1.5, 1.5) if name == 'adjust_hue' else (0.05, 0.25)
+    for key, image in pictures.items():
+        for value in COLOUR_STEPS[name][0]:
+            got = measure_step(name, image, value)
+            assert got[0] <= limits[0] and got[1] <= limits[1], (key, value, got)
+
+
+@pytest.mark.parametrize('sigma', [0.1, 0.24, 0.25, 0.3, 0.4, 0.5, 0.7, 1, 1.24, 1.5, 1.76, 2])
+def test_blur_against_float64(pictures, sigma):
+    # rounding alone is 0.25 on average, taps of 1/256 the rest; on noise, an error of 10 % in a
+    # sigma of 0.3 or more would be more than 1
+    for key in 'photo', 'smooth', 'noise':
+        exact = references.float_blur(pictures[key], sigma)
+        got = apply_step('blur', pictures[key], sigma)
+        assert mean_difference(got, exact) < 0.6, key
+        assert np.abs(got - exact).max() < 3.5, key
+
+
+def test_decoding_against_pil():
+    # both have libjpeg-turbo, of different versions
+    theirs = references.from_pil(Image.open(PHOTO).convert('RGB'))
+    ours = data.decode_image(PHOTO)
+    assert ours.shape == (375, 500, 3)
+    assert mean_difference(ours, theirs) < 0.1
+
+
+def test_decoding_turns_as_exif_says(tmp_path):
+    """As OpenCV, and so tensorpack, does; the official code leaves images as they are stored."""
+    path, exif = str(tmp_path / 'turned.jpg'), Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.open(PHOTO).save(path, exif=exif)
+    stored = references.from_pil(Image.open(path).convert('RGB'))
+    turned = data.decode_image(path)
+    assert stored.shape == (375, 500, 3) and turned.shape == (500, 375, 3)
+    assert mean_difference(turned, np.rot90(stored, -1)) < 0.1
+
+
+# ----------------------------------------------------------------------- parameters of random views
+
+# a letter for each step, as it is noted down
+LETTERS = {'adjust_brightness': 'b', 'adjust_contrast': 'c', 'adjust_saturation': 's',
+           'adjust_hue': 'h', 'convert_to_gray': 'G', 'blur': 'B', 'flip': 'F'}
+STEPS = {letter: name for name, letter in LETTERS.items()}
+JITTER = '[bcsh]{4}'
+# the steps after the crop, in the recipes' order
+RECIPES = {'moco-v1': 'G?' + JITTER + 'F?', 'moco-v2': '(' + JITTER + ')?G?B?F?', 'linear': 'F?'}
+
+
+class View:
+    """What was drawn for a view: box (y, x, height, width), letters of steps, values by letter."""
+
+    def __init__(self, box):
+        self.box, self.letters, self.values = box, '', {}
+
+    def follows(self, task):
+        """Whether the steps are those of the recipe, in its order."""
+        return (re.fullmatch(RECIPES[task], self.letters) is not None
+                and len(set(self.letters)) == len(self.letters))
+
+
+def note_views(monkeypatch, change_pixels):
+    """A list that will have a View for every view that data.py makes.
+
+    Args:
+        change_pixels: whether views are made; else their parameters are drawn only.
+    """
+    views = []
+    sample_crop = data.sample_crop
+
+    def note_crop(*args):
+        views.append(View(sample_crop(*args)))
+        return views[-1].box
+
+    def note_step(letter, function):
+        def step(image, *value):
+            views[-1].letters += letter
+            views[-1].values[letter] = value
+            if change_pixels:
+                function(image, *value)
+        return step
+
+    monkeypatch.setattr(data, 'sample_crop', note_crop)
+    for name, letter in LETTERS.items():
+        monkeypatch.setattr(data, name, note_step(letter, getattr(data, name)))
+    if not change_pixels:
+        monkeypatch.setattr(data, 'random_resized_crop', lambda image, out, rng, area:
+                            data.sample_crop(rng, image.shape[0], image.shape[1], area))
+    return views
+
+
+def create_batches(task, image, num_images, batch, size=224, rank=0, ranks=1):
+    """Batches of data.py, every file of which holds this image."""
+    images = data.ImageList(range(num_images), np.zeros(num_images, np.int32), None)
+    reader = types.SimpleNamespace(images=images, read=lambda index: (index, image))
+    return data.create_batches(task, reader, rank, ranks, batch, size, 0, AREAS[task])
+
+
+def fill(batches, step):
+    arrays = [np.empty(shape, dtype) for shape, dtype in batches.specs(step)]
+    batches.fill(step, arrays)
+    return arrays
+
+
+# ---------------------------------------------------------------------------------- whole views
+
+def follow(view, image, blur):
+    """The steps of a view after its crop, by PIL but for the blur: uint8."""
+    for letter in view.letters:
+        if letter == 'B':
+            image = blur(image, *view.values[letter])
+        elif letter == 'F':
+            image = image[:, ::-1]
+        else:
+            image = references.pil_step(STEPS[letter], image, *view.values[letter])
+    return image
+
+
+def make_views(patch, task, image, count):
+    """[(View, uint8 [224, 224, 3])] of as many images, or twice as many for pre-training."""
+    with patch.context() as context:
+        views = note_views(context, change_pixels=True)
+        arrays = [array for array in fill(create_batches(task, image, count, count), 0)
+                  if array.ndim == 4]
+    assert len(views) == count * len(arrays)
+    return list(zip(views, itertools.chain(*zip(*arrays))))
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_whole_views_against_pil_and_float64(pictures, monkeypatch, task):
+    differences = []
+    for view, got in make_views(monkeypatch, task, pictures['photo'], 20):
+        assert view.follows(task)
+        expected = references.to_uint8(references.float_crop(pictures['photo'], view.box, 224))
+        expected = follow(view, expected, lambda image, sigma: references.to_uint8(
+            references.float_blur(image, sigma)))
+        differences.append(mean_difference(got, expected))
+    # hue most of all, in the jitter
+    assert max(differences) < (0.3 if task == 'linear' else 1.5)
+    assert np.mean(differences) < (0.2 if task == 'linear' else 0.8)
+
+
+@pytest.mark.parametrize('box', [(0, 0, 375, 500), (3, 7, 120, 140), (17, 40, 224, 224),
+                                 (100, 99, 275, 401), (200, 300, 1, 30)])
+def test_crops_are_resized_without_antialiasing(pictures, monkeypatch, box):
+    image = pictures['photo']
+    monkeypatch.setattr(data, 'sample_crop', lambda *_: box)
+    got = np.empty((224, 224, 3), np.uint8)
+    data.random_resized_crop(image, got, random.Random(0), (0.2, 1))
+    # what tensorpack does with this box: OpenCV's bilinear resize of the decoded image's slice
+    y, x, h, w = box
+    theirs = CropTransform(y, x, h, w).apply_image(image)
+    theirs = ResizeTransform(h, w, 224, 224, cv2.INTER_LINEAR).apply_image(theirs)
+    np.testing.assert_array_equal(got, theirs)
+    exact = references.float_crop(image, box, 224)
+    # the limits are of rounding, which OpenCV does twice
+    assert mean_difference(got, exact) < 0.3 and np.abs(got - exact).max() < 1.1
+
+
+def validation_view(image):
+    got = np.empty((224, 224, 3), np.uint8)
+    data.center_crop_view(image, got)
+    return got
+
+
+@pytest.mark.parametrize('shape', [(375, 500), (500, 375), (256, 256), (224, 300), (333, 500),
+                                   (1200, 701), (100, 399)])
+def test_validation_views(pictures, shape):
+    image = cv2.resize(pictures['photo'], shape[::-1], interpolation=cv2.INTER_AREA)
+    # the whole image, its shortest edge 256 pixels; then a slice, half a pixel up and left if need
+    # be, as tensorpack's
+    scale = 256 / min(shape)
+    height, width = [int(round(scale * length)) for length in shape]
+    assert min(height, width) == 256
+    whole = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    top, left = (height - 224) // 2, (width - 224) // 2
+    got = validation_view(image)
+    np.testing.assert_array_equal(got, whole[top:top + 224, left:left + 224])
+    tensorpack = imgaug.AugmentorList([imgaug.ResizeShortestEdge(256), imgaug.CenterCrop(224)])
+    np.testing.assert_array_equal(got, tensorpack.augment(image))
+
+
+@pytest.mark.parametrize('shape', [(64, 1000), (1501, 100)])
+def test_validation_views_of_long_images(pictures, shape):
+    # what is far from the centre is not resized; the view stays within a part of a pixel
+    image = cv2.resize(pictures['photo'], shape[::-1], interpolation=cv2.INTER_CUBIC)
+    tensorpack = imgaug.AugmentorList([imgaug.ResizeShortestEdge(256), imgaug.CenterCrop(224)])
+    assert mean_difference(validation_view(image), tensorpack.augment(image)) < 1
+
+
+# ---------------------------------------------------------------------------------- distributions
+
+NUM_IMAGES, EPOCHS = 8000, 2
+
+
+class Sample:
+    """Parameters of many views, as columns [EPOCHS, NUM_IMAGES, views per image]:
+
+    of the crop (y, x, area, aspect), whether there was a step (by its name; the jitter's four come
+    together), the step's value (by its letter, NaN without that step), and the jitter's order.
+    """
+
+    def __init__(self, task):
+        self.task, batch = task, 100
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            views = note_views(monkeypatch, change_pixels=False)
+            batches = create_batches(task, np.zeros((375, 500, 3), np.uint8), NUM_IMAGES, batch)
+            arrays = [np.empty(shape, dtype) for shape, dtype in batches.specs(0)]
+            plan = []
+            for step in range(EPOCHS * NUM_IMAGES // batch):
+                batches.fill(step, arrays)
+                plan += data.images_of_batch(step, 0, 1, batch, NUM_IMAGES, 0)
+        assert all(view.follows(task) for view in views)
+        # by epoch and number of the image, in the place of the order in which they were made
+        per_image = len(views) // len(plan)
+        assert per_image == (1 if task == 'linear' else 2)
+        places = sorted(range(len(plan)), key=plan.__getitem__)
+        self.views = [view for place in places
+                      for view in views[place * per_image:(place + 1) * per_image]]
+        self.shape = EPOCHS, NUM_IMAGES, per_image
+
+        self.boxes = np.array([view.box for view in self.views]).T  # y, x, height, width
+        self.columns = dict(zip(['y', 'x'], self.boxes),
+                            area=self.boxes[2] * self.boxes[3] / (375 * 500),
+                            aspect=self.boxes[3] / self.boxes[2])
+        for letter in 'hGBF':
+            self.columns[STEPS[letter]] = np.array([letter in view.letters for view in self.views])
+        for letter in 'bchsB':
+            self.columns[letter] = np.array([view.values.get(letter, (math.nan,))[0]
+                                             for view in self.views])
+        orders = {''.join(order): i for i, order in enumerate(itertools.permutations('bchs'))}
+        self.columns['order'] = np.array([orders.get(re.sub('[GBF]', '', view.letters), math.nan)
+                                          for view in self.views])
+        self.columns = {name: column.reshape(self.shape)
+                        for name, column in self.columns.items()}
+
+    def drawn(self, name):
+        """The values of a column that are not NaN: [N]."""
+        column = self.columns[name]
+        return column[~np.isnan(column)]
+
+
+@pytest.fixture(scope='module')
+def samples():
+    return {task: Sample(task) for task in TASKS}
+
+
+def assert_likely(p, *what):
+    assert p > SIGNIFICANCE, what + (p,)
+
+
+def test_statistics_against_tables():
+    for x, degrees, p in [(3.841, 1, 0.05), (6.635, 1, 0.01), (5.991, 2, 0.05), (18.307, 10, 0.05),
+                          (35.172, 23, 0.05), (52.620, 25, 0.001)]:
+        assert references.chi2_sf(x, degrees) == pytest.approx(p, rel=1e-3)
+    for x, p in [(1.3581, 0.05), (1.6276, 0.01), (1.9495, 0.001)]:
+        assert references.kolmogorov_sf(x) == pytest.approx(p, rel=1e-3)
+    # p of samples of the same distribution is uniform: a test of the tests
+    rng = np.random.RandomState(0)
+    repeats = range(400)
+    for ps in [[references.ks_uniform(rng.rand(500)) for _ in repeats],
+               [references.ks_two_samples(rng.rand(500), rng.rand(400)) for _ in repeats],
+               [references.chi2_counts(np.bincount(rng.randint(0, 9, 500), minlength=9),
+                                       [1 / 9] * 9) for _ in repeats],
+               [references.chi2_independence(rng.rand(500), rng.rand(500)) for _ in repeats]]:
+        assert 0.02 < np.mean(np.array(ps) < 0.05) < 0.09 and 0.4 < np.mean(ps) < 0.6
+
+
+@pytest.mark.parametrize('task, name, probability', [
+    ('moco-v1', 'convert_to_gray', 0.2), ('moco-v1', 'adjust_hue', 1), ('moco-v1', 'blur', 0),
+    ('moco-v1', 'flip', 0.5),
+    ('moco-v2', 'convert_to_gray', 0.2), ('moco-v2', 'adjust_hue', 0.8), ('moco-v2', 'blur', 0.5),
+    ('moco-v2', 'flip', 0.5),
+    ('linear', 'convert_to_gray', 0), ('linear', 'adjust_hue', 0), ('linear', 'blur', 0),
+    ('linear', 'flip', 0.5)])
+def test_probabilities(samples, task, name, probability):
+    column = samples[task].columns[name]
+    counts = [column.sum(), (~column).sum()]
+    assert_likely(references.chi2_counts(counts, [probability, 1 - probability]), counts)
+
+
+@pytest.mark.parametrize('task, letter, low, high', [
+    ('moco-v1', 'b', 0.6, 1.4), ('moco-v1', 'c', 0.6, 1.4), ('moco-v1', 's', 0.6, 1.4),
+    ('moco-v1', 'h', -0.4, 0.4),
+    ('moco-v2', 'b', 0.6, 1.4), ('moco-v2', 'c', 0.6, 1.4), ('moco-v2', 's', 0.6, 1.4),
+    ('moco-v2', 'h', -0.1, 0.1), ('moco-v2', 'B', 0.1, 2.0)])
+def test_strengths_are_uniform(samples, task, letter, low, high):
+    drawn = samples[task].drawn(letter)
+    assert len(drawn) > 15000
+    assert_likely(references.ks_uniform(drawn, low, high), drawn.min(), drawn.max())
+
+
+@pytest.mark.parametrize('task', ['moco-v1', 'moco-v2'])
+def test_orders_of_the_jitter_are_equally_likely(samples, task):
+    counts = np.bincount(samples[task].drawn('order').astype(int), minlength=24)
+    assert_likely(references.chi2_counts(counts, [1 / 24] * 24), counts)
+
+
+def tensorpack_boxes(height, width, area, count):
+    """Boxes that tensorpack's augmentor samples: int [4, count], of y, x, height, width."""
+    augmentor = imgaug.GoogleNetRandomCropAndResize(crop_area_fraction=area)
+    augmentor.rng = np.random.RandomState(1)
+    image, boxes = np.empty((height, width, 3), np.uint8), []
+    for _ in range(count):
+        first, second = augmentor.get_transform(image).tfms
+        if isinstance(first, CropTransform):
+            boxes.append((first.y0, first.x0, first.h, first.w))
+        else:
+            # of the last resort: all is resized so that the shortest edge is 224, then cut to it
+            scale = 224 / min(height, width)
+            boxes.append([round(length / scale) for length in (second.y0, second.x0, 224, 224)])
+    return np.array(boxes).T
+
+
+def assert_boxes_alike(ours, theirs, height, width):
+    for values in [lambda y, x, h, w: y, lambda y, x, h, w: x,
+                   lambda y, x, h, w: h, lambda y, x, h, w: w,
+                   lambda y, x, h, w: h * w, lambda y, x, h, w: w / h,
+                   lambda y, x, h, w: y + h, lambda y, x, h, w: x + w]:
+        assert_likely(references.ks_two_samples(values(*ours), values(*theirs)), height, width)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_crops_of_the_recipes_against_tensorpack(samples, task):
+    theirs = tensorpack_boxes(375, 500, AREAS[task], 20000)
+    assert_boxes_alike(samples[task].boxes, theirs, 375, 500)
+
+
+@pytest.mark.parametrize('height, width', [(500, 333), (224, 224), (280, 640), (1000, 100)])
+def test_crops_of_other_shapes_against_tensorpack(height, width):
+    rng = random.Random(0)
+    ours = np.array([data.sample_crop(rng, height, width, (0.2, 1)) for _ in range(20000)]).T
+    theirs = tensorpack_boxes(height, width, (0.2, 1), 20000)
+    assert_boxes_alike(ours, theirs, height, width)
+    # boxes of the last resort
+    counts = [[np.sum((boxes[2] == boxes[3]) & (boxes[2] == min(height, width))), boxes.shape[1]]
+              for boxes in (ours, theirs)]
+    labels = np.repeat([0, 1], 20000)
+    square = np.concatenate([np.arange(total) < count for count, total in counts])
+    assert_likely(references.chi2_independence(labels, square), counts)
+
+
+def test_crops_against_their_distributions():
+    # any box fits: the largest is sqrt(0.5 * 4 / 3) = 82 % high or wide
+    rng, side = random.Random(0), 10000
+    y, x, h, w = np.array([data.sample_crop(rng, side, side, (0.2, 0.5))
+                           for _ in range(300000)]).T
+    assert_likely(references.ks_uniform(h * w / side**2, 0.1999, 0.5001), 'area')
+    assert_likely(references.ks_uniform(references.swapped_uniform_cdf(w / h)), 'aspect')
+    assert_likely(references.ks_uniform(y / (side - h)), 'y')
+    assert_likely(references.ks_uniform(x / (side - w)), 'x')
+    # A log-uniform aspect differs so little (0.003) that a sharper test is due: of the mean of
+    # (a + 1/a) / 2, to which the ratio of both densities is proportional. Of a in 3/4..4/3, the
+    # mean of a + 1/a is ((16/9 - 9/16) / 2 + ln(16/9)) / (7/12), and that of 1/a^2 is 1.
+    spread = (w / h + h / w) / 2
+    mean = ((16 / 9 - 9 / 16) / 2 + math.log(16 / 9)) / (7 / 12) / 2
+    variance = ((64 / 27 - 27 / 64) / 3 / (7 / 12) + 2 + 1) / 4 - mean**2
+    z = (spread.mean() - mean) * math.sqrt(len(spread) / variance)
+    assert_likely(math.erfc(abs(z) / math.sqrt(2)), 'mean aspect')
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_choices_are_independent(samples, task):
+    sample = samples[task]
+    names = [name for name, column in sample.columns.items()
+             if not np.isnan(column.astype(float)).all() and len(np.unique(column)) > 1]
+    assert {'area', 'aspect', 'flip'} <= set(names)
+
+    def assert_independent(one, other, *what):
+        one, other = one.astype(float).ravel(), other.astype(float).ravel()
+        both = ~(np.isnan(one) | np.isnan(other))
+        assert_likely(references.chi2_independence(one[both], other[both]), *what)
+
+    for name in names:
+        column = sample.columns[name]
+        assert_independent(column[0], column[1], name, 'epoch and epoch')
+        assert_independent(column[:, 1:], column[:, :-1], name, 'image and next image')
+        if sample.shape[2] == 2:
+            assert_independent(column[:, :, 0], column[:, :, 1], name, 'query and key')
+    # where a crop can be depends on its size, and whether it fits on its aspect
+    boxes = {'y', 'x', 'area', 'aspect'}
+    for one, other in itertools.combinations(names, 2):
+        if not {one, other} <= boxes:
+            assert_independent(sample.columns[one], sample.columns[other], one, other)
+
+
+# ----------------------------------------------------------------------------- streams of random
+
+@pytest.mark.parametrize('task', TASKS)
+def test_a_view_follows_from_seed_epoch_and_image(pictures, task):
+    """However many ranks and whatever the batch; test_serve_data.py has it of data workers."""
+    image = cv2.resize(pictures['photo'], (100, 75))
+    collected = []
+    for ranks, batch in [(1, 4), (2, 3), (3, 5)]:
+        views = {}
+        makers = [create_batches(task, image, 12, batch, 32, rank, ranks) for rank in range(ranks)]
+        for step in range(24 // batch):
+            for rank, maker in enumerate(makers):
+                plan = data.images_of_batch(step, rank, ranks, batch, 12, 0)
+                arrays = [array for array in fill(maker, step) if array.ndim == 4]
+                views.update(zip(plan, zip(*[[one.tobytes() for one in array]
+                                             for array in arrays])))
+        collected.append({place: views[place] for place in itertools.product([0, 1], range(12))})
+    assert collected[0] == collected[1] == collected[2]
+    # all files hold the same image, so a stream of random numbers used twice would show
+    different = [view for pair in collected[0].values() for view in pair]
+    assert len(set(different)) == len(different) == (24 if task == 'linear' else 48)
+
+
+# ----------------------------------------------------------------------------------- differences
+
+def central_box(area):
+    h, w = [int(length * math.sqrt(area) + 0.5) for length in (375, 500)]
+    return (375 - h) // 2, (500 - w) // 2, h, w
+
+
+def blur_as_pil(image, sigma):
+    return references.from_pil(references.to_pil(image).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+def test_differences_from_the_official_code(pictures, monkeypatch):
+    """Measures the README's table; -s prints it. Differences are mean absolute ones, of 255."""
+    photo, lines = pictures['photo'], ['', '| here | official code | difference, of 255 |',
+                                       '|---|---|---|']
+
+    def add_line(ours, theirs, text, *numbers):
+        lines.append('| {} | {} | {} |'.format(ours, theirs, text.format(*numbers)))
+
+    def crop(area):
+        y, x, h, w = central_box(area)
+        return cv2.resize(photo[y:y + h, x:x + w], (224, 224), interpolation=cv2.INTER_LINEAR)
+
+    # antialiasing
+    resize = {area: mean_difference(crop(area), references.pil_crop(photo, central_box(area), 224))
+              for area in (0.2, 0.4, 0.7, 1)}
+    add_line('crops resized to 224 bilinearly, without antialiasing', 'bilinearly, antialiased',
+             ', '.join('{:.2f} from {} x {}'.format(difference, *central_box(area)[2:])
+                       for area, difference in resize.items()))
+    assert resize[0.2] < 0.2 < 0.5 < resize[0.4] < resize[0.7] < resize[1] < 3
+    whole = references.to_pil(photo).resize((int(256 * 500 / 375), 256), Image.BILINEAR)
+    left = round((whole.size[0] - 224) / 2)
+    validation = mean_difference(
+        validation_view(photo), references.from_pil(whole.crop((left, 16, left + 224, 240))))
+    add_line('validation: bilinear, without antialiasing', 'bilinear, antialiased', '{:.2f}',
+             validation)
+    assert 0.5 < validation < 1.5
+
+    # sampling of crops
+    grid = np.linspace(3 / 4, 4 / 3, 10001)
+    distance = np.abs(references.swapped_uniform_cdf(grid)
+                      - np.log(grid / (3 / 4)) / np.log((4 / 3) / (3 / 4))).max()
+    add_line('aspect of crops uniform in 3/4..4/3, height and width swapped by chance',
+             'its logarithm uniform', 'largest distance of the cumulative distributions {:.4f}',
+             distance)
+    assert distance < 0.003
+    rates, rng = [], random.Random(0)
+    for height, width in [(375, 500), (250, 500), (200, 600)]:
+        ours = [data.sample_crop(rng, height, width, (0.2, 1)) for _ in range(20000)]
+        central = (0, (width - height) // 2, height, height)
+        rates.append((sum(box == central for box in ours) / 20000,
+                      sum(references.official_crop(rng, height, width, (0.2, 1))[1]
+                          for _ in range(20000)) / 20000))
+    add_line('after ten boxes that do not fit, the central square',
+             'the largest central box of aspect 3/4..4/3', 'share of crops {:.1%} ({:.1%}) of '
+             '375 x 500, {:.1%} ({:.1%}) of 250 x 500, {:.1%} ({:.1%}) of 200 x 600',
+             *itertools.chain(*rates))
+    assert max(rates[0]) < 0.001 and max(rates[1]) < 0.02 and 0.1 < min(rates[2])
+
+    # the single steps
+    middle = crop(0.7)
+    for name, (values, _) in COLOUR_STEPS.items():
+        worst = max(measure_step(name, middle, value)[0] for value in values)
+        hue = name == 'adjust_hue'
+        add_line(name.replace('_', ' ') + (' in 256ths of a turn' if hue else ''),
+                 'in 255ths' if hue else 'same', 'at most {:.3f}', worst)
+        assert worst < (1 if hue else 0.05)
+    rng, rounding = random.Random(0), []
+    for _ in range(50):
+        by_step, at_once = middle.copy(), middle.astype(float)
+        for function, value in data.sample_jitter(rng, 0.4, 0.4, 0.4, 0.1):
+            function(by_step, value)
+            at_once = references.float_step(function.__name__, at_once, value)
+        rounding.append(mean_difference(by_step, at_once))
+    add_line('colour jitter in uint8, truncated after each step', 'same',
+             '{:.2f} from float64, never rounded', statistics.mean(rounding))
+    assert statistics.mean(rounding) < 2
+    for sigma in (0.5, 1, 2):
+        exact = references.float_blur(middle, sigma)
+        ours = mean_difference(apply_step('blur', middle, sigma), exact)
+        theirs = mean_difference(blur_as_pil(middle, sigma), exact)
+        border = np.abs(references.float_blur(middle, sigma, 'reflect') - exact)
+        border[4:-4, 4:-4] = np.nan
+        add_line('Gaussian blur, border repeated; sigma {}'.format(sigma),
+                 'three box blurs, border repeated', '{:.2f} and {:.2f} from the exact one; '
+                 "OpenCV's default border, reflected: {:.2f} in the outer 4 pixels",
+                 ours, theirs, np.nanmean(border))
+        assert ours < theirs
+
+    # everything together
+    for task, limit in [('moco-v1', 1.5), ('moco-v2', 1.5), ('linear', 1.2)]:
+        difference = np.mean([
+            mean_difference(got, follow(view, references.pil_crop(photo, view.box, 224),
+                                        blur_as_pil))
+            for view, got in make_views(monkeypatch, task, photo, 20)])
+        add_line('views of {}, parameters drawn here'.format(task), 'the same parameters',
+                 '{:.2f}', difference)
+        assert difference < limit
+    print('\n'.join(lines))

@@ -1,0 +1,191 @@
+"""Bad input: one clear line before any training, and nothing left behind."""
+import os
+import resource
+import shutil
+import tempfile
+import time
+
+import numpy as np
+import pytest
+from tensorpack import tfv1 as tf
+
+import launch
+import main_lincls
+import main_moco
+import resnet
+from commands import MOCO, NETWORK, PATIENCE, ROOT, finish, start, two_at_a_time, write_images
+from tools import convert_checkpoint
+
+
+def save_model(path, recipe, depth=18):
+    """Write a checkpoint of a small model, as after 0 steps."""
+    with tf.Graph().as_default(), tf.Session() as sess:
+        with tf.variable_scope('', reuse=tf.AUTO_REUSE):
+            for scope in ('', 'momentum_encoder'):
+                with tf.variable_scope(scope):
+                    x = resnet.ResNet(depth, 8, '3x3s2')(
+                        tf.zeros([1, 16, 16, 3], tf.uint8), training=False)
+                    resnet.project(x, [128] if recipe == 'v1' else [int(x.shape[1]), 128])
+        main_moco.MOCOModel(None, 8, queue_size=32).create_queue()
+        tf.train.get_or_create_global_step()
+        sess.run(tf.global_variables_initializer())
+        tf.train.Saver().save(sess, str(path / 'model-0'), write_meta_graph=False)
+
+
+def save_linear(path):
+    """Write a checkpoint of a linear classifier on another backbone, as after 0 steps."""
+    with tf.Graph().as_default(), tf.Session() as sess:
+        x = resnet.ResNet(18, 8, '3x3s2')(
+            tf.zeros([1, 16, 16, 3], tf.uint8), training=False, trainable=False)
+        output = resnet.fully_connected('linear', x, 3)
+        tf.train.MomentumOptimizer(0.1, 0.9).minimize(
+            tf.reduce_sum(output), tf.train.get_or_create_global_step())
+        sess.run(tf.global_variables_initializer())
+        tf.train.Saver().save(sess, str(path / 'model-0'), write_meta_graph=False)
+
+
+def limit_open_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """What can be given by mistake."""
+    folder = tmp_path_factory.mktemp('mistakes')
+    write_images(folder / 'images', 12, 6)
+    write_images(folder / 'one', 1, 1)
+    write_images(folder / 'no_val', 3, 0)
+    write_images(folder / 'hole', 12, 6)
+    (folder / 'hole' / 'train' / 'violet').mkdir()
+    (folder / 'nothing').mkdir()
+    (folder / 'text').write_text('hello\n')
+    for recipe, depth in (('v1', 18), ('v2', 18), ('v1', 34)):
+        save_model(folder / '{}-{}'.format(recipe, depth), recipe, depth)
+    save_linear(folder / 'linear')
+    convert_checkpoint.convert(str(folder / 'v1-18'), str(folder / 'weights' / 'model-0'))
+    np.savez(str(folder / 'backbone.npz'),
+             **resnet.read_weights(str(folder / 'v1-18'), resnet.is_backbone))
+    shutil.copytree(ROOT, str(folder / 'unbuilt'), ignore=shutil.ignore_patterns(
+        'build', '.*', 'datasets', 'train_log', 'tests'))
+    return folder
+
+
+def moco(*flags, data='images', **kwargs):
+    return ('main_moco.py', ['--data', data] + MOCO + list(flags), kwargs)
+
+
+def lincls(*flags, data='images', **kwargs):
+    return ('main_lincls.py', ['--data', data] + NETWORK + ['--batch', 6] + list(flags), kwargs)
+
+
+def knn(*flags, data='images', **kwargs):
+    return ('eval_knn.py', ['--data', data] + NETWORK + list(flags), kwargs)
+
+
+# name: (command line, words of the error)
+MISTAKES = {
+    'no data': (moco(data='nowhere'), ['there is no folder nowhere']),
+    'no image': (moco(data='nothing'), ['there is no image', 'nothing']),
+    'linear without data': (
+        lincls('--load', 'v1-18', data='nowhere'), ['there is no folder nowhere']),
+    'linear without val': (
+        lincls('--load', 'v1-18', data='no_val'), ['there is no folder no_val/val']),
+    'linear with an empty class': (
+        lincls('--load', 'v1-18', data='hole'), ['no image in the class folder', 'violet']),
+    'online knn without val': (
+        moco('--knn-every', 1, data='no_val'), ['there is no folder no_val/val']),
+    'load of nothing': (moco('--load', 'nowhere'), ['nowhere: does not exist']),
+    'load of a text': (moco('--load', 'text'), ['text: is not a checkpoint']),
+    'load of v1 for v2': (
+        moco('--v2', '--load', 'v1-18'), ['v1-18', 'does not fit', 'linear0_64/W is missing']),
+    'load of another depth': (
+        moco('--load', 'v1-34'), ['v1-34', 'does not fit', 'has no place here']),
+    'linear load of nothing': (lincls('--load', 'nowhere'), ['nowhere: does not exist']),
+    'linear load of another depth': (lincls('--load', 'v1-34'), ['v1-34', 'does not fit']),
+    'knn load of nothing': (knn('--load', 'nowhere'), ['nowhere: does not exist']),
+    'knn load of another depth': (knn('--load', 'v1-34'), ['v1-34', 'does not fit']),
+    'knn of no head': (knn('--load', 'backbone.npz', '--head'), ['backbone.npz', 'holds no head']),
+    'splits': (moco('--bn-splits', 3), ['--bn-splits 3', '8 images', '1, 2, 4, 8']),
+    'batch over images': (moco('--batch', 16), ['12 images', '--batch of 16']),
+    'logdir below a file': (
+        moco('--logdir', 'text/log'), ['--logdir text/log', 'cannot be written']),
+    'logdir of weights only': (
+        moco('--logdir', 'weights'), ['weights/model-0', 'give it to --load']),
+    'linear logdir of pre-training': (
+        lincls('--load', 'v1-18', '--logdir', 'v1-18'), ['v1-18/model-0', 'does not fit']),
+    'linear logdir of another backbone': (
+        lincls('--load', 'v1-18', '--logdir', 'linear'), ['conv0/W', 'not as loaded']),
+    'open files': (moco(preexec_fn=limit_open_files), ['open files', 'ulimit -n']),
+    'op not built': (moco(root='unbuilt'), ['zmq_ops', 'not built', 'make env']),
+    'ranks do not divide': (moco('--batch', 9, ranks=2), ['--batch 9', '2 ranks', '8 or 10']),
+    'logdir of another network, two ranks': (
+        moco('--logdir', 'v1-34', ranks=2), ['v1-34/model-0', 'does not fit']),
+    'ranks over images': (
+        moco('--batch', 2, '--bn-splits', 1, data='one', ranks=2), ['1 images', '2 ranks']),
+    'ranks over val images': (
+        lincls('--load', 'v1-18', data='one', ranks=2), ['1 images', '2 ranks']),
+    'ranks over knn images': (knn('--pixels', data='one', ranks=2), ['1 images', '2 ranks']),
+}
+if launch.mixed_precision_rewrite(gpu=False) is None:
+    MISTAKES['no sixteen bits'] = (moco('--amp'), ['--amp', 'TensorFlow', 'GPU'])
+
+
+@pytest.fixture(scope='module')
+def failures(folder):
+    """Name -> exit code, lines of errors, all output, what is left of temporary files:
+    of all mistakes, two at a time."""
+    def fail(mistake):
+        (script, flags, kwargs), _ = mistake
+        if 'root' in kwargs:
+            kwargs = dict(kwargs, root=str(folder / kwargs['root']))
+        if script != 'eval_knn.py' and '--logdir' not in flags:
+            flags = flags + ['--logdir', tempfile.mkdtemp(dir=str(folder))]
+        # short, for the paths of sockets
+        tmp = tempfile.mkdtemp(prefix='t')
+        try:
+            process = start(script, *flags, tmp=tmp, cwd=str(folder), **kwargs)
+            output, errors = finish(process)
+            # a server goes when its trainer has gone
+            deadline = time.time() + PATIENCE
+            while os.listdir(tmp) and time.time() < deadline:
+                time.sleep(0.1)
+            return process.returncode, errors.splitlines(), output + errors, os.listdir(tmp)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    return dict(zip(MISTAKES, two_at_a_time(fail, MISTAKES.values())))
+
+
+@pytest.mark.parametrize('name', sorted(MISTAKES))
+def test_a_mistake_gets_one_line(failures, name):
+    (script, _, kwargs), words = MISTAKES[name]
+    code, errors, everything, left = failures[name]
+    assert code != 0
+    # horovodrun adds a story of its own
+    said = [line for line in errors if 'error: ' in line] if 'ranks' in kwargs else errors
+    assert len(said) == 1, everything
+    assert all(word in said[0] for word in words), said[0]
+    assert not any('Traceback' in line for line in errors if line.startswith('['))
+    assert not left
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--fake', '--stem', 'round'], ["invalid choice: 'round'", "'3x3'", "'imagenet'"]),
+    (['--fake', '--depth', '20'], ['invalid choice: 20', '18, 34, 50, 101']),
+    (['--fake', '--batch', '0'], ['--batch must be positive, not 0']),
+    (['--fake', '--queue-size', '-4'], ['--queue-size must be positive, not -4']),
+    (['--fake', '--crop-area', '0.5', '0.2'], ['--crop-area 0.5 0.2']),
+    (['--fake', '--data', 'x'], ['either --data DIR or --fake']),
+    ([], ['either --data DIR or --fake'])])
+def test_flags_that_make_no_sense(flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main_moco.parse_args(flags)
+    assert error.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in last for word in words), last
+
+
+def test_linear_flags_that_make_no_sense(capsys):
+    with pytest.raises(SystemExit) as error:
+        main_lincls.parse_args(['--load', 'x', '--data', 'y', '--crop-area', '0.5', '0.2'])
+    assert error.value.code == 2
+    assert '--crop-area 0.5 0.2: needs' in capsys.readouterr().err.splitlines()[-1]
