@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""How fast each TensorFlow trains ResNet-50 on this machine: main_moco.py --fake with 1.15, with
+2.15, and with 2.15 and --amp, in turns.
+
+    make env RUNTIME=tf1; make env RUNTIME=tf2
+    python3 benchmarks/runtimes.py    # 224 px batch 16 and 32 px batch 64
+
+Printed are images/s, and the median over the rounds of each ratio to TensorFlow 1.15.
+"""
+import argparse
+import os
+import statistics
+
+from step import HERE, run_main
+
+ROUNDS = 3
+CASES = [('1.15', 'tf1', []), ('2.15', 'tf2', []), ('2.15 --amp', 'tf2', ['--amp'])]
+
+
+def measure(size, batch, steps):
+    rates = {name: [] for name, _, _ in CASES}
+    for _ in range(ROUNDS):
+        for name, runtime, flags in CASES:
+            python = os.path.join(HERE, '.venv-' + runtime, 'bin', 'python')
+            rates[name].append(run_main(size, batch, steps, python, flags))
+        print('{} px, batch {}, images/s: {}'.format(size, batch, ', '.join(
+            '{} {:.2f}'.format(name, values[-1]) for name, values in rates.items())), flush=True)
+    for name, values in rates.items():
+        ratio = statistics.median(v / first for v, first in zip(values, rates['1.15']))
+        print('{} px, batch {}: {} is {:.2f} times as fast as 1.15'.format(
+            size, batch, name, ratio), flush=True)
+
+
+if __name__ == '__main__':
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    measure(224, 16, 6)
+    measure(32, 64, 20)
