@@ -59,20 +59,24 @@ def read_losses(runs, name):
     return [epoch['loss'] for epoch in epochs]
 
 
-@pytest.mark.parametrize('start, steps', [('checkpoint1', 8), ('npz2', 5)])
-def test_both_compute_the_same_steps(runs, start, steps):
-    losses = [read_losses(runs, '{}-{}'.format(start, by)) for by in PYTHONS]
-    assert len(losses[0]) == len(losses[1]) == steps
+@pytest.mark.parametrize('start', ['checkpoint1', 'npz2'])
+def test_both_compute_the_same_steps(runs, start):
+    losses = [read_losses(runs, '{}-{}'.format(start, by))[:5] for by in PYTHONS]
+    assert len(losses[0]) == len(losses[1]) == 5
+    print('largest relative difference', np.max(np.abs(np.divide(*losses) - 1)))
     np.testing.assert_allclose(*losses, rtol=1e-4)
     assert np.ptp(losses[0]) > 1e-2  # no standstill
 
 
-@pytest.mark.parametrize('by', sorted(PYTHONS))
-def test_a_run_goes_on_with_the_other(runs, by):
-    resumed = read_losses(runs, 'resumed-' + by)
-    np.testing.assert_allclose(resumed, read_losses(runs, 'checkpoint1-' + by), rtol=1e-4)
-    weights = [resnet.read_weights(str(runs / name / 'model-8'))
-               for name in ('resumed-' + by, 'checkpoint1-' + by)]
+@pytest.mark.parametrize('by, other', [('tf1', 'tf2'), ('tf2', 'tf1')])
+def test_a_run_goes_on_with_the_other(runs, by, other):
+    # three steps by each from the checkpoint that `other` wrote
+    resumed, same = 'resumed-' + by, 'checkpoint1-' + other
+    losses = [read_losses(runs, name) for name in (resumed, same)]
+    assert len(losses[0]) == len(losses[1]) == 8
+    print('largest relative difference', np.max(np.abs(np.divide(*losses) - 1)))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    weights = [resnet.read_weights(str(runs / name / 'model-8')) for name in (resumed, same)]
     assert set(weights[0]) == set(weights[1])
     # not the slots: what ReLUs pass on or not differs by rounding, and so do small gradients
     for name, value in weights[0].items():
