@@ -189,20 +189,16 @@ class OnlineKNN(Callback):
 
     Args:
         every: epochs.
-        net: the resnet.ResNet that is being trained.
-        others: for KNN.
+        others: for KNN; the features are made of the variables that are being trained.
     """
     _chief_only = False
 
-    def __init__(self, every, net, use_xla, *others):
-        self._every, self._net, self._use_xla, self._others = every, net, use_xla, others
+    def __init__(self, every, *others):
+        self._every, self._others = every, others
 
     def _setup_graph(self):
         with tf.variable_scope(tf.get_variable_scope(), reuse=True):
-            self._knn = KNN(
-                lambda x: resnet.compile_if(
-                    self._use_xla, lambda x: self._net(x, training=False), x),
-                *self._others)
+            self._knn = KNN(*self._others)
 
     def _trigger_epoch(self):
         if self.epoch_num % self._every == 0:

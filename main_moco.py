@@ -364,8 +364,10 @@ def main(args):
         training.Speed(args.batch, None if args.fake else source.waited()),
         training.Save(max_to_keep=10, checkpoint_dir=logdir)]
     if args.knn_every:
+        def features(images):
+            return resnet.compile_if(model.use_xla, lambda x: net(x, training=False), images)
         callbacks.append(eval_knn.OnlineKNN(
-            args.knn_every, net, model.use_xla, args.data, args.image_size, folder + '-knn', ending,
+            args.knn_every, features, args.data, args.image_size, folder + '-knn', ending,
             args.workers))
     trainer.run(callbacks, start, steps_per_epoch, steps_done, max_steps)
     if not args.fake:

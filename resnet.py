@@ -38,15 +38,18 @@ class ResNet:
         data_format: 'NCHW' (GPU) or 'NHWC' (CPU); images come as NHWC in both cases.
         bn_splits: in training, every BN layer normalises this many equal parts of the batch on
             their own, as that many GPUs would.
+        mean_bgr, std_bgr: of the channels of images, 0..255.
     """
 
     BN_MOMENTUM = 0.9
     BN_EPSILON = 1.001e-5  # the smallest that cuDNN takes, and the released weights' value
 
-    def __init__(self, depth=50, width=64, stem='imagenet', data_format='NHWC', bn_splits=1):
+    def __init__(self, depth=50, width=64, stem='imagenet', data_format='NHWC', bn_splits=1,
+                 mean_bgr=MEAN_BGR, std_bgr=STD_BGR):
         self.block, self.blocks = DEPTHS[depth]
         self.depth, self.width, self.stem = depth, width, stem
         self.data_format, self.bn_splits = data_format, bn_splits
+        self.mean_bgr, self.std_bgr = mean_bgr, std_bgr
         self.feature_dim = width * 8 * (4 if self.block == 'bottleneck' else 1)
 
     def __call__(self, images, training, trainable=True):
@@ -63,7 +66,7 @@ class ResNet:
         """
         self._training, self._trainable = training, trainable
         with tf.variable_scope(tf.get_variable_scope(), use_resource=True):
-            x = (tf.cast(images, tf.float32) - MEAN_BGR) * (1 / STD_BGR)  # [N, S, S, 3]
+            x = (tf.cast(images, tf.float32) - self.mean_bgr) * (1 / self.std_bgr)  # [N, S, S, 3]
             if self.data_format == 'NCHW':
                 x = tf.transpose(x, [0, 3, 1, 2])  # [N, 3, S, S]
 

@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""The official authors' CIFAR-10 notebook, by the code of this project: does it learn as fast?
+
+    python tools/prepare_cifar10.py datasets/cifar10
+    python benchmarks/notebook.py --data datasets/cifar10    # two epochs: about 35 minutes on 2 cores
+
+prints loss and kNN top-1 of every epoch beside what the notebook's authors print: losses 6.96 and
+7.25, kNN 32.0 and 33.5 %; 82.6 % after all 200 epochs (`--epochs 200`). The same command again
+continues where it stopped.
+
+The recipe is neither v1 nor v2: ResNet-18 without the first pool, a linear head, batch 512 whose
+BN is in 8 splits, K 4096, m 0.99, T 0.1, SGD without Nesterov, and kNN on the head's output.
+"""
+import math
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import environment  # noqa: F401, E402, I001  before all that reads it
+import argparse  # noqa: E402
+import json  # noqa: E402
+
+import numpy as np  # noqa: E402
+from tensorpack import QueueInput  # noqa: E402
+from tensorpack import tfv1 as tf  # noqa: E402
+from tensorpack.dataflow import DataFromGenerator  # noqa: E402
+
+import data  # noqa: E402
+import eval_knn  # noqa: E402
+import launch  # noqa: E402
+import main_moco  # noqa: E402
+import resnet  # noqa: E402
+import training  # noqa: E402
+
+SIZE, BATCH, SPLITS, DIM, EPOCHS = 32, 512, 8, 128, 200
+MEAN_BGR = np.array([0.4465, 0.4822, 0.4914], np.float32) * 255
+STD_BGR = np.array([0.2010, 0.1994, 0.2023], np.float32) * 255
+PUBLISHED = [(6.96, 32.0), (7.25, 33.5)]  # loss and kNN after each of the first epochs
+
+
+class Notebook(main_moco.MOCOModel):
+    def optimizer(self):
+        return tf.train.MomentumOptimizer(self.lr, 0.9)
+
+
+def notebook_view(image, out, rng, area):
+    """Fill `out` with a view of the notebook: crop, flip, colour jitter, grayscale; no blur."""
+    data.random_resized_crop(image, out, rng, area)
+    if rng.random() < 0.5:
+        data.flip(out)
+    if rng.random() < 0.8:
+        jitter = data.sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+        for adjust, value in jitter:
+            adjust(out, value)
+    if rng.random() < 0.2:
+        data.convert_to_gray(out)
+
+
+def generate(images, first_step, seed):
+    """Yield the batches of the steps from first_step on: [query, key]."""
+    def report(index):
+        sys.exit('cannot read {}'.format(images.paths[index]))
+
+    batches = data.PretrainBatches(
+        data.ImageReader(images, report), 0, 1, BATCH, SIZE, seed, (0.08, 1), notebook_view)
+    step = first_step
+    while True:
+        views = [np.empty(shape, dtype) for shape, dtype in batches.specs(step)]
+        batches.fill(step, views)
+        yield views
+        step += 1
+
+
+def cosine_by_epoch(lr, steps_per_epoch):
+    """Half a cosine over the notebook's 200 epochs, which falls once an epoch."""
+    def learning_rate(step):
+        epoch = tf.cast(step // steps_per_epoch, tf.float32)
+        return lr * 0.5 * (1 + tf.cos(math.pi * epoch / EPOCHS))
+    return learning_rate
+
+
+def initial_head(dim, seed):
+    """The head's first weights as PyTorch draws them: uniform in +- 1/sqrt(inputs), biases too."""
+    rng = np.random.RandomState(seed)
+    return {'linear0_{}/{}'.format(DIM, name): rng.uniform(-1, 1, shape) / math.sqrt(dim)
+            for name, shape in (('W', [dim, DIM]), ('b', [DIM]))}
+
+
+def main(args):
+    threads, ending, gpu = launch.begin()
+    try:
+        eval_knn.check_data(args.data)
+        images = data.list_images(args.data)
+        training.open_logdir(args.logdir)
+        checkpoint, steps_done = training.find_resume(args.logdir)
+    except (ValueError, resnet.WeightsError) as error:
+        launch.fail(error)
+    steps_per_epoch = len(images.paths) // BATCH
+
+    tf.set_random_seed(args.seed)
+    net = resnet.ResNet(18, 64, '3x3', 'NCHW' if gpu else 'NHWC', SPLITS, MEAN_BGR, STD_BGR)
+    model = Notebook(
+        net, BATCH, queue_size=4096, momentum=0.99, temp=0.1, weight_decay=5e-4,
+        learning_rate=cosine_by_epoch(0.06, steps_per_epoch), image_size=SIZE, seed=args.seed)
+    trainer = training.Trainer(ending, launch.session_config(threads, gpu),
+                               lambda: model.updates_after_weights())
+    source = QueueInput(DataFromGenerator(generate(images, steps_done, args.seed)))
+    trainer.setup_graph(model.get_input_signature(), source, model.build_graph,
+                        model.get_optimizer)
+    start = (training.Resume(checkpoint) if checkpoint else
+             training.Assign(initial_head(net.feature_dim, args.seed), model.copy_to_key_encoder()))
+    knn = eval_knn.OnlineKNN(
+        1, lambda x: resnet.project(net(x, training=False), [DIM]), args.data, SIZE,
+        launch.private_folder(), ending)
+    callbacks = [training.EpochMeans(model.monitored, ending), training.Speed(BATCH),
+                 training.Save(max_to_keep=2, checkpoint_dir=args.logdir), knn]
+    trainer.run(callbacks, start, steps_per_epoch, steps_done, args.epochs * steps_per_epoch)
+
+    with open(os.path.join(args.logdir, 'stats.json')) as f:
+        stats = json.load(f)
+    print('epoch  loss  (notebook)  kNN top-1  (notebook)  images/s')
+    for epoch, published in zip(stats, PUBLISHED + [('', '')] * len(stats)):
+        print('{:5} {:5.2f}  {:>10} {:8.2f} %  {:>10}  {:8.1f}'.format(
+            epoch['epoch_num'], epoch['loss'], published[0], epoch['knn_top1'], published[1],
+            epoch['images_per_second']))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', required=True, metavar='DIR',
+                        help='CIFAR-10, from tools/prepare_cifar10.py')
+    parser.add_argument('--epochs', type=int, default=2,
+                        help='where to stop in the schedule of 200 (default: 2)')
+    parser.add_argument('--logdir', default='train_log/notebook', metavar='DIR',
+                        help='where checkpoints and logs go (default: train_log/notebook)')
+    parser.add_argument('--seed', type=int, default=0, help='of everything random (default: 0)')
+    main(parser.parse_args())
