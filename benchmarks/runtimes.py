@@ -22,7 +22,7 @@ def measure(size, batch, steps):
     for _ in range(ROUNDS):
         for name, runtime, flags in CASES:
             python = os.path.join(HERE, '.venv-' + runtime, 'bin', 'python')
-            rates[name].append(run_main(size, batch, steps, python, flags))
+            rates[name].append(run_main(size, batch, steps, python, ['--fake'] + flags))
         print('{} px, batch {}, images/s: {}'.format(size, batch, ', '.join(
             '{} {:.2f}'.format(name, values[-1]) for name, values in rates.items())), flush=True)
     for name, values in list(rates.items())[1:]:

@@ -55,12 +55,12 @@ def run_bare(size, batch, steps):
     return float(output.split('images/s')[1])
 
 
-def run_main(size, batch, steps, python=sys.executable, flags=()):
-    """Images/s of main_moco.py --fake."""
+def run_main(size, batch, steps, python=sys.executable, flags=('--fake',)):
+    """Images/s of main_moco.py."""
     # epochs of warm-up steps, then of the measured ones; the first step of an epoch is not counted
     with tempfile.TemporaryDirectory() as logdir:
         subprocess.check_call(
-            [python, os.path.join(HERE, 'main_moco.py'), '--fake', *flags,
+            [python, os.path.join(HERE, 'main_moco.py'), *flags,
              '--image-size', str(size), '--batch', str(batch), '--steps-per-epoch', str(steps + 1),
              '--max-steps', str(2 * (steps + 1)), '--logdir', logdir],
             stdout=subprocess.DEVNULL)

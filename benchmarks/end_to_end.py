@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""From JPEGs to training steps: what main_moco.py makes of its two sides.
+
+    python benchmarks/end_to_end.py --data /path/to/imagenet    # ResNet-50; 5 minutes on 2 cores
+    python benchmarks/end_to_end.py --data DIR -- --v2 --depth 18 --width 32 --image-size 64 --batch 64
+
+In turns: images/s of the data server alone (serve-data.py --benchmark), of training alone
+(main_moco.py --fake), and of both together (main_moco.py --data). Where they share the cores, the
+limit of both together is 1 / (1/data + 1/training), the first ratio; where training has a GPU it is
+the slower of the two, the second ratio. Flags behind -- go to main_moco.py; one process.
+"""
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+
+from step import HERE, run_main
+
+ROUNDS = 3
+
+
+def run_server(data, args):
+    """Images/s of two views each."""
+    output = subprocess.check_output(
+        [sys.executable, os.path.join(HERE, 'serve-data.py'), '--benchmark', '--data', data,
+         '--task', 'moco-v2' if args.v2 else 'moco-v1', '--batch', str(args.batch),
+         '--image-size', str(args.image_size), '--crop-area', *map(str, args.crop_area)],
+        universal_newlines=True)
+    return float(re.match(r'(\d+) images/s', output).group(1))
+
+
+def measure(data, steps, flags):
+    sys.path.insert(0, HERE)
+    import main_moco  # after the command line has been parsed, for it loads TensorFlow
+    args = main_moco.parse_args(['--data', data] + flags)
+    ratios = []
+    for _ in range(ROUNDS):
+        fed = run_server(data, args)
+        trained, both = (run_main(args.image_size, args.batch, steps, flags=source + flags)
+                         for source in (['--fake'], ['--data', data]))
+        limits = 1 / (1 / fed + 1 / trained), min(fed, trained)
+        ratios.append([both / limit for limit in limits])
+        print('images/s: data alone {:.1f}, training alone {:.1f}, both {:.1f}; of the limit on '
+              'shared cores {:.3f}, of the slower one {:.3f}'.format(
+                  fed, trained, both, *ratios[-1]), flush=True)
+    print('median of {}: {:.3f} and {:.3f}'.format(ROUNDS, *map(statistics.median, zip(*ratios))))
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', required=True, metavar='DIR', help='folder of images')
+    parser.add_argument('--steps', type=int, default=12, help='steps that are measured')
+    parser.add_argument('flags', nargs='*', help='for main_moco.py, behind --')
+    args = parser.parse_args()
+    measure(args.data, args.steps, args.flags or ['--v2', '--batch', '16'])
