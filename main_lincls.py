@@ -67,7 +67,8 @@ class LinearModel(ModelDesc):
         top1 = 100 * tf.reduce_mean(tf.cast(tf.math.in_top_k(logits, labels, 1), tf.float32))
         self.lr = self.learning_rate(tf.train.get_or_create_global_step())
         self.monitored = {'loss': loss, 'train_top1': top1, 'learning_rate': self.lr}
-        decay = self.weight_decay * tf.add_n([tf.nn.l2_loss(v) for v in tf.trainable_variables()])
+        decay = self.weight_decay * tf.reduce_sum(
+            [tf.nn.l2_loss(v) for v in tf.trainable_variables()])
         return loss + decay
 
     def optimizer(self):

@@ -104,7 +104,8 @@ class MOCOModel(ModelDesc):
         loss = tf.reduce_mean(
             tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
         accuracy = tf.reduce_mean(tf.cast(tf.math.in_top_k(logits, labels, 1), tf.float32))
-        decay = self.weight_decay * tf.add_n([tf.nn.l2_loss(v) for v in tf.trainable_variables()])
+        decay = self.weight_decay * tf.reduce_sum(
+            [tf.nn.l2_loss(v) for v in tf.trainable_variables()])
 
         # the queue's size goes along for tools/plot_curves.py, which draws the chance level ln(K+1)
         self.monitored = {'loss': loss, 'accuracy': accuracy, 'learning_rate': self.lr,

@@ -153,7 +153,7 @@ class ResNet:
             # which is what PyTorch averages too
             _, means, variances = zip(*parts)
             for ema, values in ((ema_mean, means), (ema_var, variances)):
-                change = (1 - self.BN_MOMENTUM) * (tf.add_n(values) / len(values) - ema)
+                change = (1 - self.BN_MOMENTUM) * (tf.reduce_mean(values, axis=0) - ema)
                 tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, tf.assign_add(ema, change).op)
         return tf.concat([part[0] for part in parts], 0) if len(parts) > 1 else parts[0][0]
 

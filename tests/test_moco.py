@@ -56,6 +56,7 @@ class Step:
                                        lambda: model.updates_after_weights())
             trainer.setup_graph(model.get_input_signature(), PlaceholderInput(),
                                 model.build_graph, model.get_optimizer)
+            self.op_types = {op.type for op in self.graph.get_operations()}
             counter = training.CountStepLast()
             counter.setup_graph(trainer)
             self.train_op, self.count_op = trainer.train_op, counter.gs_incr_op
@@ -357,6 +358,11 @@ def test_a_fresh_run_starts_with_two_equal_encoders(step):
     assert len(pairs) == 20 * 5 + 2
     for key_name, name in pairs:
         np.testing.assert_array_equal(values[key_name], values[name])
+
+
+def test_nothing_is_summed_by_an_op_that_loses_memory(step):
+    # see training.gradients_summed_in_pairs(); the graph sums all the same
+    assert 'AddN' not in step.op_types and step.op_types & {'Add', 'AddV2'}
 
 
 def test_weight_decay_reaches_every_trainable_variable(step):
