@@ -130,15 +130,14 @@ class MOCOModel(ModelDesc):
             [n, ...], this rank's part of the permuted ones, and a function that takes this rank's
             part of the results [n, C] and returns those of all ranks [N, C] in the original order.
         """
-        n, N = self.batch_size, self.batch_size * hvd.size()
+        N = self.batch_size * hvd.size()
         with tf.device('/cpu:0'):
             # every rank computes the same permutation, and a resumed run repeats it
             step = tf.cast(tf.train.get_or_create_global_step(), tf.int32)
             order = tf.argsort(
                 tf.random.stateless_uniform([N], seed=[self.seed, step]), stable=True)  # [N]
             inverse = tf.math.invert_permutation(order)
-        mine = order[hvd.rank() * n:][:n]  # [n]
-        return (tf.gather(allgather(images), mine),
+        return (exchange(images, order, inverse),
                 lambda results: tf.gather(allgather(results), inverse))
 
     def create_queue(self):
@@ -183,8 +182,31 @@ class MOCOModel(ModelDesc):
         return tf.train.experimental.MixedPrecisionLossScaleOptimizer(optimizer, self.loss_scale)
 
 
+def exchange(x, order, inverse):
+    """Permute the rows of all ranks, each rank receiving only what it keeps.
+
+    Args:
+        x: [n, ...], this rank's rows.
+        order, inverse: [N], the row for each place and the place of each row; the same everywhere.
+
+    Returns:
+        [n, ...], the rows for this rank's places.
+    """
+    if hvd.size() == 1:
+        return tf.gather(x, order)
+    n, first = int(x.shape[0]), int(x.shape[0]) * hvd.rank()
+    with tf.device('/cpu:0'):
+        ranks = inverse[first:first + n] // n  # [n], where this rank's rows go
+        sent = tf.argsort(ranks, stable=True)  # [n]
+        counts = tf.math.bincount(ranks, minlength=hvd.size())  # [ranks]
+        # they arrive rank after rank, each rank's in their order: sorted
+        arrived = tf.math.invert_permutation(tf.argsort(order[first:first + n]))  # [n]
+    received, _ = hvd.alltoall(tf.stop_gradient(tf.gather(x, sent)), splits=counts)  # [n, ...]
+    return tf.gather(received, arrived)
+
+
 def allgather(x):
-    """[n, ...] of every rank -> [N, ...]. No gradient may go through it:
+    """[n, ...] of every rank -> [N, ...]. No gradient may go through it, or through exchange():
     the collective would wait for ever."""
     return hvd.allgather(tf.stop_gradient(x)) if hvd.size() > 1 else x
 

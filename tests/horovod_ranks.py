@@ -1,7 +1,8 @@
-"""What test_horovod.py runs on every rank: three steps of MoCo, and what each rank then holds.
+"""What test_horovod.py runs on every rank: shuffling, three steps of MoCo, and what each rank
+then holds.
 
-    horovodrun -np 2 python tests/horovod_ranks.py FOLDER    # writes FOLDER/rank0.npz,
-                                                             # FOLDER/rank1.npz
+    horovodrun -np 2 python tests/horovod_ranks.py FOLDER shuffle train    # writes FOLDER/rank0.npz,
+                                                                           # FOLDER/rank1.npz
 """
 import os
 import sys
@@ -52,25 +53,47 @@ def my_images():
         [BATCH, SIZE, SIZE, 3], [hvd.rank() + 2 * i, step]), tf.uint8) for i in range(2)]
 
 
-def main(folder):
-    _, ending, _ = launch.begin()
-    logger.set_logger_dir(os.path.join(folder, 'log{}'.format(hvd.rank())), action='d')
-    results = {}
+class Allgather(main_moco.MOCOModel):
+    """Shuffles by giving every rank's images to every rank."""
 
-    # shuffling: an image is its number everywhere
-    with tf.Graph().as_default():
-        global_step = tf.train.get_or_create_global_step()
-        model = main_moco.MOCOModel(None, BATCH, seed=5)
-        numbers = tf.range(BATCH) + BATCH * hvd.rank()
-        shuffled, unshuffle = model.shuffle(tf.tile(numbers[:, tf.newaxis, tf.newaxis], [1, 2, 2]))
-        back = unshuffle(shuffled)
-        with tf.Session(config=launch.session_config(1)) as sess:
-            for i in range(10):
-                global_step.load(i, sess)
-                results['shuffled{}'.format(i)], results['back{}'.format(i)] = sess.run(
-                    [shuffled, back])
+    def shuffle(self, images):
+        n, N = self.batch_size, self.batch_size * hvd.size()
+        step = tf.cast(tf.train.get_or_create_global_step(), tf.int32)
+        order = tf.argsort(
+            tf.random.stateless_uniform([N], seed=[self.seed, step]), stable=True)  # [N]
+        mine = order[n * hvd.rank():][:n]  # [n]
+        return (tf.gather(main_moco.allgather(images), mine),
+                lambda results: tf.gather(
+                    main_moco.allgather(results), tf.math.invert_permutation(order)))
 
-    # steps, from weights that differ between the ranks before the first broadcast
+
+def shuffle(results):
+    """Shuffle numbered images and real ones in ten steps, the latter by Allgather too."""
+    global_step = tf.train.get_or_create_global_step()
+    model = main_moco.MOCOModel(None, BATCH, seed=5)
+    numbers = tf.range(BATCH) + BATCH * hvd.rank()
+    # an image is its number everywhere
+    shuffled, unshuffle = model.shuffle(tf.tile(numbers[:, tf.newaxis, tf.newaxis], [1, 2, 2]))
+    results['collectives'] = [op.type for op in shuffled.graph.get_operations()
+                              if op.type.startswith('Horovod')]
+    fetches = {'shuffled': shuffled, 'back': unshuffle(shuffled)}
+
+    images, keys = my_images()[0], tf.random.stateless_normal([BATCH, 5], [7, hvd.rank()])
+    for name, cls in (('', main_moco.MOCOModel), ('expected_', Allgather)):
+        fetches[name + 'images'], unshuffle = cls(None, BATCH, seed=5).shuffle(images)
+        fetches[name + 'keys'] = unshuffle(keys)
+
+    trained = tf.ones([BATCH, 2])
+    results['no_gradient'] = tf.gradients(model.shuffle(trained)[0], trained) == [None]
+    with tf.Session(config=launch.session_config(1)) as sess:
+        for i in range(10):
+            global_step.load(i, sess)
+            for name, value in sess.run(fetches).items():
+                results['{}{}'.format(name, i)] = value
+
+
+def train(ending, results):
+    """Train from weights that differ between the ranks before the first broadcast."""
     tf.set_random_seed(hvd.rank())
     net = resnet.ResNet(18, 8, '3x3s2')
     model = main_moco.MOCOModel(
@@ -81,8 +104,19 @@ def main(folder):
                         model.build_graph, model.get_optimizer)
     start = training.Assign({}, model.copy_to_key_encoder())
     trainer.run([Record(results)], start, steps_per_epoch=STEPS, steps_done=0, max_steps=STEPS)
+
+
+def main(folder, *parts):
+    _, ending, _ = launch.begin()
+    logger.set_logger_dir(os.path.join(folder, 'log{}'.format(hvd.rank())), action='d')
+    results = {}
+    if 'shuffle' in parts:
+        with tf.Graph().as_default():
+            shuffle(results)
+    if 'train' in parts:
+        train(ending, results)
     np.savez(os.path.join(folder, 'rank{}.npz'.format(hvd.rank())), **results)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
+    main(*sys.argv[1:])

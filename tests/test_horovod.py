@@ -13,29 +13,46 @@ from commands import MOCO, NETWORK, read_json, run, write_images
 EMA = '/EMA'
 
 
+def run_ranks(folder, ranks, *parts):
+    """What horovod_ranks.py wrote, of all ranks."""
+    run('tests/horovod_ranks.py', folder, *parts, ranks=ranks)
+    return [dict(np.load(str(folder / 'rank{}.npz'.format(rank)))) for rank in range(ranks)]
+
+
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
-    """What horovod_ranks.py wrote, of both ranks."""
-    folder = tmp_path_factory.mktemp('ranks')
-    run('tests/horovod_ranks.py', folder, ranks=2)
-    return [dict(np.load(str(folder / 'rank{}.npz'.format(rank)))) for rank in range(2)]
+    return run_ranks(tmp_path_factory.mktemp('ranks'), 2, 'shuffle', 'train')
 
 
-def test_images_are_exchanged_and_come_back(ranks):
+@pytest.fixture(scope='module')
+def four_ranks(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp('four_ranks'), 4, 'shuffle')
+
+
+@pytest.mark.parametrize('fixture', ['ranks', 'four_ranks'])
+def test_images_are_exchanged_and_come_back(request, fixture):
+    ranks = request.getfixturevalue(fixture)
+    size = len(ranks)
     orders = set()
     for i in range(10):
         shuffled = [rank['shuffled{}'.format(i)] for rank in ranks]
-        assert [x.shape for x in shuffled] == [(4, 2, 2)] * 2
+        assert [x.shape for x in shuffled] == [(4, 2, 2)] * size
         assert all((x == x[:, :1, :1]).all() for x in shuffled)  # whole images
         order = np.concatenate(shuffled)[:, 0, 0].tolist()
-        assert sorted(order) == list(range(8))
+        assert sorted(order) == list(range(4 * size))
         orders.add(tuple(order))
         for rank in ranks:
-            # all images of both, as they were
-            assert rank['back{}'.format(i)][:, 0, 0].tolist() == list(range(8))
+            # all images of all, as they were
+            assert rank['back{}'.format(i)][:, 0, 0].tolist() == list(range(4 * size))
+            # as if every rank had received every image
+            for name in ('images', 'keys'):
+                np.testing.assert_array_equal(
+                    rank['{}{}'.format(name, i)], rank['expected_{}{}'.format(name, i)])
     assert len(orders) == 10
-    # a rank gets images of both in nearly every step
-    assert sum(0 < sum(image < 4 for image in order[:4]) < 4 for order in orders) >= 6
+    for rank in ranks:
+        assert rank['collectives'].tolist() == ['HorovodAlltoall'] and rank['no_gradient']
+    # a rank gets images of several in nearly every step
+    assert sum(len({image // 4 for image in order[:4]}) > 1 for order in orders) >= 6
 
 
 def test_ranks_hold_the_same_after_every_step(ranks):

@@ -296,6 +296,7 @@ def test_unshuffling_is_the_inverse_of_shuffling():
         images = tf.reshape(tf.range(8 * 2 * 2 * 3), [8, 2, 2, 3])
         shuffled, unshuffle = model.shuffle(images)
         back = unshuffle(shuffled)
+        assert not any(op.type.startswith('Horovod') for op in back.graph.get_operations())
         moved = []
         with tf.Session() as sess:
             for i in range(20):

@@ -331,7 +331,8 @@ case "$1 $2" in
     "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     "-m pip") case "$*" in
         *" -r "*) ask install "$(grep -E '^[a-z-]*tensorflow' "$5")" ;;
-        *" wheel "*) ask horovod "${HOROVOD_GPU_OPERATIONS:-cpu}"
+        *" wheel "*) ask horovod \
+            "${HOROVOD_GPU_OPERATIONS:-${HOROVOD_GPU_ALLREDUCE:-cpu}${HOROVOD_GPU_ALLREDUCE:+ 2.6}}"
             while [ "$1" != -w ]; do shift; done; mkdir -p "$2"; touch "$2/horovod.whl" ;;
     esac ;;
     "-c "*gpu:0*) ask test op
@@ -414,8 +415,8 @@ def fake_command(path, script):
 
 
 TF1_CPU = ["3.7 install intel-tensorflow==1.15.2", "3.7 horovod cpu", "op .venv-tf1", "3.7 check"]
-TF1_GPU = ["3.7 install tensorflow-gpu==1.15.5", "3.7 test op", "3.7 horovod NCCL", "op .venv-tf1",
-           "3.7 check"]
+TF1_GPU = ["3.7 install tensorflow-gpu==1.15.5", "3.7 test op", "3.7 horovod NCCL 2.6",
+           "op .venv-tf1", "3.7 check"]
 TF2_CPU = ["3.11 install tensorflow-cpu==2.15.1", "3.11 horovod cpu", "op .venv-tf2", "3.11 check"]
 TF2_GPU = ["3.11 install tensorflow[and-cuda]==2.15.1", "3.11 test op", "3.11 horovod NCCL",
            "op .venv-tf2", "3.11 check"]

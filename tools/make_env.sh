@@ -404,7 +404,11 @@ install_horovod() {
     local settings=(HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
         HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
         HOROVOD_CMAKE="$scratch/cmake" MAKEFLAGS="-j$(nproc)" PATH="$scratch/venv/bin:$PATH")
-    if [[ $build == gpu ]]; then settings+=(HOROVOD_GPU_OPERATIONS=NCCL); fi
+    # no release of NCCL for CUDA 10.0 has the alltoall of 2.7: there Gloo moves the images
+    case $build-$runtime in
+        gpu-tf1) settings+=(HOROVOD_GPU_{ALLREDUCE,ALLGATHER,BROADCAST}=NCCL) ;;
+        gpu-*) settings+=(HOROVOD_GPU_OPERATIONS=NCCL) ;;
+    esac
     begin horovod '[3/5] compiling Horovod for this TensorFlow (about 2 minutes on 2 cores)'
     # half the time: no debug symbols, and only the library for TensorFlow with what that links
     cat > "$scratch/cmake" << 'SH'
