@@ -9,9 +9,12 @@ import collections
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import random
+import tempfile
+import time
 
 import cv2
 import numpy as np
@@ -37,15 +40,10 @@ class PathList:
 
     Args:
         root: the folder that the names are relative to.
-        names: iterable of str.
+        block, ends: from pack_names().
     """
-    def __init__(self, root, names):
-        self.root = root
-        block, ends = bytearray(), [0]
-        for name in names:
-            block += os.fsencode(name)
-            ends.append(len(block))
-        self._block, self._ends = bytes(block), np.array(ends, np.int64)
+    def __init__(self, root, block, ends):
+        self.root, self._block, self._ends = root, block, ends
 
     def __len__(self):
         return len(self._ends) - 1
@@ -56,9 +54,23 @@ class PathList:
         name = self._block[self._ends[index]:self._ends[index + 1]]
         return os.path.join(self.root, os.fsdecode(name))
 
-    def update_hash(self, digest):
-        digest.update(self._block)
-        digest.update(self._ends.tobytes())
+    def names(self):
+        """Yield the names."""
+        for start, end in zip(self._ends, self._ends[1:]):
+            yield os.fsdecode(self._block[start:end])
+
+    def packed(self):
+        """What pack_names() returned."""
+        return self._block, self._ends
+
+
+def pack_names(names):
+    """One block of bytes of an iterable of str, and where each ends in it, from 0 on: int64."""
+    block, ends = bytearray(), [0]
+    for name in names:
+        block += os.fsencode(name)
+        ends.append(len(block))
+    return bytes(block), np.array(ends, np.int64)
 
 
 def list_images(root, split='train', labelled=False):
@@ -93,8 +105,7 @@ def list_images(root, split='train', labelled=False):
         folder = root
 
     if not labelled:
-        names = _relative(find_images(folder), root, folder)
-        images = ImageList(PathList(root, names), None, None)
+        images = ImageList(find_images(folder), None, None)
         if not len(images.paths):
             raise DataError('there is no image ({}) in {}'.format(
                 ' '.join(extension[1:] for extension in EXTENSIONS), folder))
@@ -109,17 +120,11 @@ def list_images(root, split='train', labelled=False):
                  if os.path.isfile(path)]
         if flat and lists:
             labels = _read_labels(lists[0], flat, classes)
-            return ImageList(PathList(root, _relative(flat, root, folder)), labels, classes)
+            return ImageList(PathList(folder, *pack_names(flat)), labels, classes)
         if flat and not folders:
             raise DataError('the images in {} have no labels: they need class folders, or a list '
                             '{} with lines "name label"'.format(folder, root + '/val.txt'))
     return _list_classes(root, folder, classes)
-
-
-def _relative(names, root, folder):
-    if folder == root:
-        return names
-    return (os.path.basename(folder) + '/' + name for name in names)
 
 
 def _read_folder(folder):
@@ -141,19 +146,109 @@ def _read_folder(folder):
     return sorted(names), folders
 
 
-def find_images(folder, above=()):
-    """Yield the names of all images under a folder, relative to it, in sorted order."""
-    status = os.stat(folder)
+def find_images(folder):
+    """The images under a folder, in sorted order: PathList."""
+    images = _load_list(folder)
+    if images is None:
+        start, seen = time.time(), {}
+        images = PathList(folder, *pack_names(_walk(folder, '', (), seen)))
+        if time.time() - start > SLOW_LISTING:
+            _save_list(folder, images, seen, start)
+    return images
+
+
+def _walk(folder, prefix, above, seen):
+    """Yield the names of all images under folder/prefix, relative to the folder, in sorted order.
+
+    Args:
+        prefix: '' or ends with a slash.
+        above: (device, inode) of the folders that it is in.
+        seen: gets an os.stat_result by the name of every folder, and None by that of every link to
+            nowhere.
+    """
+    path = os.path.join(folder, prefix[:-1]) if prefix else folder
+    status = os.stat(path)
     identity = status.st_dev, status.st_ino
     if identity in above:
         return  # a link to a folder that it is in
-    names, folders = _read_folder(folder)
+    seen[prefix] = status
+    names, folders = _read_folder(path)
     for name in names:
         if name in folders:
-            for inner in find_images(os.path.join(folder, name), above + (identity,)):
-                yield name + '/' + inner
+            yield from _walk(folder, prefix + name + '/', above + (identity,), seen)
         elif name.lower().endswith(EXTENSIONS):
-            yield name
+            yield prefix + name
+        elif not os.path.exists(os.path.join(path, name)):
+            seen[prefix + name] = None
+
+
+# A list that took long is kept in the user's cache, and holds while every folder in it has the same
+# inode, mtime and ctime: a name that comes, goes or changes does so in a folder, and sets its times
+# (tar and rsync set mtime back, but cannot ctime). What these do not tell:
+# - that the contents of a file change: no matter, the list has only names;
+# - where a link leads now: to another folder is another inode; but to a folder instead of nowhere
+#   is not, so lists with links to nowhere are not kept, and instead of a file goes unnoticed;
+# - a second change within one tick of the clock, which can be 2 s long, or that of another machine
+#   and wrong: a list is kept only if its folders have been as they are for a minute;
+# - anything, where folders have no times (object stores, by FUSE), or not of all changes (FAT, by
+#   Windows): lists with such are not kept.
+
+SLOW_LISTING, SETTLED = 1, 60  # seconds
+UNTIMED = ('fuse', 'vfat', 'msdos', 'exfat')
+
+
+def _cache_path(folder):
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.environ['HOME'], '.cache')
+    # the inode, for hosts that share a home but not the data
+    key = json.dumps([os.path.realpath(folder), os.stat(folder).st_ino, EXTENSIONS])
+    return os.path.join(home, 'moco', hashlib.sha256(key.encode()).hexdigest()[:16] + '.npz')
+
+
+def _stamp(status):
+    return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _load_list(folder):
+    """The PathList of a folder as it was kept, or None."""
+    try:
+        with np.load(_cache_path(folder), allow_pickle=False) as kept:
+            stamps = json.loads(kept['stamps'].tobytes().decode())
+            if all(_stamp(os.stat(os.path.join(folder, name))) == stamp
+                   for name, stamp in stamps.items()):
+                return PathList(folder, kept['block'].tobytes(), kept['ends'])
+    except Exception:  # whatever is wrong with it, the folder can be listed again
+        pass
+    return None
+
+
+def _save_list(folder, images, seen, start):
+    """Keep a list whose listing started at that time, if it can be relied on."""
+    try:
+        if None in seen.values() or _untimed_devices() & {s.st_dev for s in seen.values()} or max(
+                max(s.st_mtime, s.st_ctime) for s in seen.values()) > start - SETTLED:
+            return
+        stamps = json.dumps({name: _stamp(status) for name, status in seen.items()}).encode()
+        block, ends = images.packed()
+        path = _cache_path(folder)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+        try:
+            with os.fdopen(handle, 'wb') as file:
+                np.savez(file, stamps=np.frombuffer(stamps, np.uint8),
+                         block=np.frombuffer(block, np.uint8), ends=ends)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except Exception:  # nothing depends on it
+        pass
+
+
+def _untimed_devices():
+    """Numbers of the devices whose folders have no reliable times."""
+    with open('/proc/self/mountinfo') as mounts:
+        return {os.makedev(*map(int, line.split()[2].split(':'))) for line in mounts
+                if line.split(' - ')[1].startswith(UNTIMED)}
 
 
 def _find_classes(folder):
@@ -167,26 +262,20 @@ def _find_classes(folder):
 
 def _list_classes(root, folder, classes):
     """List the images of class folders."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    counts = []  # (class number, images)
-
-    def names():
-        for name in _find_classes(folder):
-            if name not in numbers:
-                raise DataError('the class {} of {} is not in {}'.format(
-                    name, folder, os.path.join(root, 'train')))
-            count = 0
-            for image in find_images(os.path.join(folder, name)):
-                count += 1
-                yield name + '/' + image
-            if not count:
-                raise DataError('there is no image in the class folder {}'.format(
-                    os.path.join(folder, name)))
-            counts.append((numbers[name], count))
-
-    paths = PathList(root, _relative(names(), root, folder))
-    labels = np.repeat(*np.array(counts, np.int32).T).astype(np.int32)
-    return ImageList(paths, labels, classes)
+    images = find_images(folder)
+    counts = collections.Counter(
+        name.split('/', 1)[0] for name in images.names() if '/' in name)
+    if sum(counts.values()) < len(images):  # some are in no class folder
+        images = PathList(folder, *pack_names(name for name in images.names() if '/' in name))
+    for name in _find_classes(folder):
+        if name not in classes:
+            raise DataError('the class {} of {} is not in {}'.format(
+                name, folder, os.path.join(root, 'train')))
+        if not counts[name]:
+            raise DataError('there is no image in the class folder {}'.format(
+                os.path.join(folder, name)))
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [counts[name] for name in classes])
+    return ImageList(images, labels, classes)
 
 
 def _read_labels(path, images, classes):
@@ -216,7 +305,8 @@ def _read_labels(path, images, classes):
 def digest_images(images):
     """A short hexadecimal digest of names and labels, by which hosts can compare their data."""
     digest = hashlib.sha256()
-    images.paths.update_hash(digest)
+    for array in images.paths.packed():
+        digest.update(array)
     if images.labels is not None:
         digest.update(images.labels.tobytes())
         digest.update('\n'.join(images.classes).encode(errors='surrogateescape'))
@@ -624,7 +714,7 @@ class FakeBatches:
 def fake_images(num_images, labelled):
     """An ImageList without files, of 1000 classes if labelled."""
     classes = ['{:03d}'.format(number) for number in range(1000)] if labelled else None
-    return ImageList(PathList('fake', ('' for _ in range(num_images))), None, classes)
+    return ImageList(PathList('fake', b'', np.zeros(num_images + 1, np.int64)), None, classes)
 
 
 def create_batches(task, reader, rank, size, batch, image_size, seed, area):

@@ -1,6 +1,8 @@
 """Lists, plan, single operations and views of data.py, against values computed by hand."""
 import os
 import random
+import shutil
+import time
 
 import cv2
 import numpy as np
@@ -31,6 +33,7 @@ def test_class_folders(tmp_path):
     (tmp_path / 'train/b/notes.txt').write_text('x')
     (tmp_path / 'train/.hidden').mkdir()
     write_image(tmp_path / 'train/b/.hidden.png')
+    write_image(tmp_path / 'train/loose.png')
 
     train = data.list_images(str(tmp_path), 'train', labelled=True)
     assert relative(train, tmp_path) == ['train/a/deep/x.jpeg', 'train/a/y.webp', 'train/b/1.png',
@@ -44,7 +47,7 @@ def test_class_folders(tmp_path):
     assert val.labels.tolist() == [0, 2]
 
     unlabelled = data.list_images(str(tmp_path), 'train')
-    assert relative(unlabelled, tmp_path) == relative(train, tmp_path)
+    assert relative(unlabelled, tmp_path) == relative(train, tmp_path) + ['train/loose.png']
     assert unlabelled.labels is None and unlabelled.classes is None
 
 
@@ -141,6 +144,175 @@ def test_errors_of_folders(tmp_path, files, folders, split, labelled, message):
 def test_missing_root(tmp_path):
     with pytest.raises(data.DataError, match='there is no folder .*/gone'):
         data.list_images(str(tmp_path / 'gone'))
+
+
+# --------------------------------------------------------------------------------- lists from cache
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """listed(labelled=False): paths and labels of a folder whose lists are kept however short and
+    new they are, and whether they were not listed anew. A second one is of a clean cache."""
+    for name in ('a/1.png', 'a/deep/2.png', 'b/3.png', 'b/4.png'):
+        write_image(tmp_path / 'root/train' / name)
+    write_image(tmp_path / 'elsewhere/5.png')
+    write_image(tmp_path / 'other/6.png')
+    (tmp_path / 'root/train/c').symlink_to(tmp_path / 'elsewhere')
+    monkeypatch.setattr(data, 'SLOW_LISTING', -1)
+    monkeypatch.setattr(data, 'SETTLED', -60)
+    walks, walk = [], data._walk
+
+    def count_walks(*args):
+        walks.append(args)
+        return walk(*args)
+    monkeypatch.setattr(data, '_walk', count_walks)
+
+    def list_folder(labelled=False, cache='cache'):
+        monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / cache))
+        before = len(walks)
+        images = data.list_images(str(tmp_path / 'root'), 'train', labelled)
+        labels = None if images.labels is None else images.labels.tolist()
+        time.sleep(0.05)  # a tick of the clock, before something changes
+        return relative(images, tmp_path / 'root'), labels, len(walks) == before
+    return list_folder
+
+
+def test_an_unchanged_folder_is_listed_once(listed):
+    names = ['train/a/1.png', 'train/a/deep/2.png', 'train/b/3.png', 'train/b/4.png',
+             'train/c/5.png']
+    assert listed() == (names, None, False)
+    assert listed() == (names, None, True)
+    assert listed(labelled=True) == (names, [0, 0, 1, 1, 2], True)
+
+
+def set_back(path):
+    """Let a folder look as old as before, as far as a program can."""
+    status = path.stat()
+    return lambda: os.utime(str(path), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def rename_and_set_back(root):
+    again = set_back(root / 'b')
+    (root / 'b/3.png').rename(root / 'b/0.png')
+    again()
+
+
+def replace_folder(root):
+    times = [set_back(root), set_back(root / 'b')]
+    (root / 'b').rename(root.parent / 'b')
+    write_image(root / 'b/7.png')
+    for again in times:
+        again()
+
+
+def retarget(root):
+    (root / 'c').unlink()
+    (root / 'c').symlink_to(root / '../../other')
+
+
+def replace_target(root):
+    elsewhere = root.parent.parent / 'elsewhere'
+    elsewhere.rename(root.parent.parent / 'gone')
+    (root.parent.parent / 'other').rename(elsewhere)
+
+
+CHANGES = {
+    'a file comes': lambda root: write_image(root / 'b/0.png'),
+    'a file comes deep below': lambda root: write_image(root / 'a/deep/0.png'),
+    'a file goes': lambda root: (root / 'a/1.png').unlink(),
+    'a file is renamed': lambda root: (root / 'b/3.png').rename(root / 'b/0.png'),
+    'a file is renamed, and times are set back': rename_and_set_back,
+    'a file moves': lambda root: (root / 'b/3.png').rename(root / 'a/3.png'),
+    'a folder comes': lambda root: write_image(root / 'd/0.png'),
+    'a folder goes': lambda root: shutil.rmtree(str(root / 'a/deep')),
+    'a folder is renamed': lambda root: (root / 'b').rename(root / 'd'),
+    'a folder is replaced, and times are set back': replace_folder,
+    'a file comes to a linked folder': lambda root: write_image(root / 'c/0.png'),
+    'a link leads elsewhere': retarget,
+    'what a link leads to is replaced': replace_target,
+    'a link goes': lambda root: (root / 'c').unlink(),
+    'the folder is replaced': lambda root: (
+        root.rename(root.parent / 'old'), write_image(root / 'a/0.png')),
+}
+
+
+@pytest.mark.parametrize('change', sorted(CHANGES))
+def test_a_change_is_noticed(listed, tmp_path, change):
+    before, _, _ = listed()
+    assert listed() == (before, None, True)
+    CHANGES[change](tmp_path / 'root/train')
+    after, _, _ = listed(cache='clean')
+    assert after != before
+    assert listed() == (after, None, False)
+    assert listed() == (after, None, True)
+
+
+def test_lists_that_may_not_hold_are_not_kept(listed, tmp_path, monkeypatch):
+    # of a folder that has just changed
+    monkeypatch.setattr(data, 'SETTLED', 60)
+    listed()
+    assert not listed()[2]
+
+    # with a link to nowhere, where a folder may be later; unless its name is an image's
+    monkeypatch.setattr(data, 'SETTLED', -60)
+    link = tmp_path / 'root/train/d'
+    link.symlink_to(tmp_path / 'nowhere')
+    listed()
+    assert not listed()[2]
+    link.rename(tmp_path / 'root/train/d.png')
+    listed()
+    assert listed()[2]
+    link.with_name('d.png').unlink()
+
+    # partly on a file system without reliable times
+    status = os.stat(str(tmp_path))
+    mounts = tmp_path / 'mountinfo'
+    line = '36 35 {}:{} / /mnt rw,noatime shared:1 - {} /dev/sdx rw\n'
+    for kind in ('vfat', 'fuse.sshfs', 'ext4'):
+        mounts.write_text(line.format(0, 0, 'fuse') + line.format(
+            os.major(status.st_dev), os.minor(status.st_dev), kind))
+        monkeypatch.setattr(data, 'open', lambda path: mounts.open(), raising=False)
+        listed()
+        assert listed()[2] == (kind == 'ext4')
+
+    # of a short listing
+    monkeypatch.setattr(data, 'SLOW_LISTING', 60)
+    listed(cache='another')
+    assert not listed(cache='another')[2]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('evil',)
+
+
+@pytest.mark.parametrize('damage', [
+    lambda path: path.write_bytes(b''),
+    lambda path: path.write_bytes(b'not a list'),
+    lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.write_bytes(path.read_bytes().replace(b'3.png', b'9.png')),
+    lambda path: np.savez(str(path), stamps=np.zeros(3)),
+    lambda path: np.savez(str(path), stamps=np.frombuffer(b'{}', np.uint8), block=[Evil()]),
+    lambda path: (path.unlink(), path.mkdir()),
+])
+def test_a_damaged_cache_is_ignored(listed, tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    expected = listed()
+    path, = (tmp_path / 'cache/moco').iterdir()
+    damage(path)
+    assert listed() == expected
+    assert not (tmp_path / 'evil').exists()
+
+
+def test_no_cache_is_no_error(listed, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    expected = listed(cache='file')
+    assert listed(cache='file') == expected
+    monkeypatch.setattr(data.os, 'replace', lambda *_: os.stat('/nowhere'))  # disk full, say
+    assert listed() == expected
+    assert not list((tmp_path / 'cache/moco').iterdir())
+    for name in ('XDG_CACHE_HOME', 'HOME'):
+        monkeypatch.delenv(name)
+    assert len(data.list_images(str(tmp_path / 'root')).paths) == 5
 
 
 # ---------------------------------------------------------------------------------------- reading
