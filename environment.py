@@ -1,13 +1,52 @@
-"""Environment variables that TensorFlow and OpenMP read while they are loaded.
+"""Cores, and environment variables that TensorFlow and OpenMP read while they are loaded.
 
-Importing this sets those that are not set; so scripts import it before anything else.
+Importing this takes the cores that --cpus leaves, and sets the variables that are not set; so
+scripts import it before anything else.
 """
+import argparse
 import os
+import sys
+
+CORES = os.sched_getaffinity(0)  # that this process was given
 
 
-def num_cores():
-    """How many cores this process may use: affinity, and the quota of its control group."""
-    cores = len(os.sched_getaffinity(0))
+def parse_cpus(text):
+    """The cores of a list like 0-3,8, some of CORES: a set.
+
+    Raises:
+        argparse.ArgumentTypeError: what is wrong with them.
+    """
+    try:
+        ranges = [range(int(first), int(last if dash else first) + 1) for first, dash, last in
+                  (part.partition('-') for part in text.split(','))]
+    except ValueError:
+        ranges = [()]
+    if not all(ranges):
+        raise argparse.ArgumentTypeError('{} is not a list of cores like 0-3,8'.format(text))
+    for core in (core for cores in ranges for core in cores):
+        if core not in CORES:
+            raise argparse.ArgumentTypeError('{}: core {} is not one that may be used: {}'.format(
+                text, core, ','.join(map(str, sorted(CORES)))))
+    if CORES <= set().union(*ranges):
+        raise argparse.ArgumentTypeError('{} leaves no core for the trainers'.format(text))
+    return set().union(*ranges)
+
+
+def find_cpus(argv):
+    """What a command line says of --cpus, or None. What is wrong with it, the script's own parser
+    says; but that comes after TensorFlow has been loaded, too late for its threads."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--cpus')
+    try:
+        return parse_cpus(parser.parse_known_args(argv)[0].cpus or '')
+    except argparse.ArgumentTypeError:
+        return None
+
+
+def num_cores(cores=None):
+    """How many of the given cores (of those that it runs on) this process may use at once: the
+    quota of its control group may be less."""
+    cores = len(cores or os.sched_getaffinity(0))
     try:
         with open('/sys/fs/cgroup/cpu.max') as version2:
             quota, period = version2.read().split()
@@ -28,6 +67,10 @@ def num_threads():
     """How many threads this rank computes with: its share of the host's cores."""
     return max(1, num_cores() // int(os.environ.get('HOROVOD_LOCAL_SIZE', 1)))
 
+
+CPUS = find_cpus(sys.argv[1:])  # the data workers' own cores, or None
+if CPUS:
+    os.sched_setaffinity(0, CORES - CPUS)
 
 # OpenMP runs the heavy kernels of Intel's TensorFlow. Its threads must not spin (blocktime) while
 # others want the core, and too many of them do little else: two ranks with two threads each on two

@@ -56,6 +56,9 @@ def add_arguments(group, compiled):
     """The flags of every script that say how it runs; `compiled` is what XLA compiles."""
     group.add_argument('--workers', type=int, metavar='N',
                        help='data processes on each host (default: one a core)')
+    group.add_argument('--cpus', type=environment.parse_cpus, metavar='LIST',
+                       help='cores of the data processes on each host, as in 0-3,8; the trainers '
+                       'keep to the others (default: all share all)')
     group.add_argument('--xla', dest='xla', action='store_true', default=None,
                        help='compile the {} with XLA (default: on a GPU)'.format(compiled))
     group.add_argument('--no-xla', dest='xla', action='store_false', help='do not')
@@ -204,7 +207,7 @@ class DataServer:
         folder: a path from private_folder(), with a suffix of its own for each server of a job.
         options: dict of serve-data.py's flags, without dashes; None and False values are left out.
         ending: what to call when the server dies.
-        num_workers: data processes on this host; None means one a core.
+        num_workers: data processes on this host; None means one for each of their cores.
     """
     TIMEOUT = 60  # seconds for a server to list its files and come up
 
@@ -217,11 +220,14 @@ class DataServer:
         local_size = hvd.local_size()
         # horovod numbers the ranks host by host
         first = hvd.rank() - hvd.local_rank()
-        num_workers = num_workers or environment.num_cores()
+        num_workers = num_workers or environment.num_cores(environment.CPUS)
         self.workers_per_rank = -(-num_workers // local_size)
         options = dict(options, address=folder, workers=self.workers_per_rank * local_size,
                        size=hvd.size(), ranks=','.join(str(first + i) for i in range(local_size)))
         self._command = [sys.executable, os.path.join(HERE, 'serve-data.py')]
+        if environment.CPUS:
+            # setting the affinity here around the fork does not do: Intel's OpenMP resets it
+            self._command[:0] = ['taskset', '-c', ','.join(map(str, sorted(environment.CPUS)))]
         for flag, value in sorted(options.items()):
             if value is None or value is False:
                 continue

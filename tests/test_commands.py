@@ -224,10 +224,14 @@ def test_openmp_is_told_before_tensorflow_is_loaded():
         'import {}\n')
     env = {name: value for name, value in os.environ.items()
            if name not in ('OMP_NUM_THREADS', 'KMP_BLOCKTIME')}
+    first, *others = sorted(environment.CORES)
     cores = environment.num_cores()
+    cases = [(1, [], cores), (2, [], max(1, cores // 2))]
+    if others:
+        cases.append((1, ['--cpus', str(first)], environment.num_cores(others)))
     for script in ('main_moco', 'main_lincls', 'eval_knn'):
-        for ranks in (1, 2):
+        for ranks, flags, threads in cases:
             output = subprocess.check_output(
-                [sys.executable, '-u', '-c', code.format(script)], cwd=ROOT,
+                [sys.executable, '-u', '-c', code.format(script)] + flags, cwd=ROOT,
                 universal_newlines=True, env=dict(env, HOROVOD_LOCAL_SIZE=str(ranks)))
-            assert output == '{} 0\n'.format(max(1, cores // ranks))
+            assert output == '{} 0\n'.format(threads)

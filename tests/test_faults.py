@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import environment
 from commands import (
     MOCO, PATIENCE, ROOT, finish, read_json, start, two_at_a_time, write_images)
 
@@ -42,12 +43,12 @@ def is_trainer(pid):
 class Run:
     """A training that would take for ever."""
 
-    def __init__(self, images, ranks):
+    def __init__(self, images, ranks, *flags):
         self.tmp = tempfile.mkdtemp(prefix='t')  # short, for the paths of sockets
         self.logdir = os.path.join(self.tmp, 'log')
         self.process = start(
             'main_moco.py', '--data', images, *MOCO, '--steps-per-epoch', 4, '--epochs', 1000000,
-            '--logdir', self.logdir, ranks=ranks, tmp=self.tmp, start_new_session=True)
+            '--logdir', self.logdir, *flags, ranks=ranks, tmp=self.tmp, start_new_session=True)
 
     def wait_for_an_epoch(self):
         wait_until(lambda: os.path.exists(os.path.join(self.logdir, 'stats.json')) or
@@ -138,6 +139,31 @@ def test_waiting_for_data_is_seen(images):
                 time.sleep(seconds)
             return max(epoch['data_wait'] for epoch in read_json(run.logdir, 'stats.json')) > 0.1
         wait_until(slow_down)
+    finally:
+        run.clean()
+
+
+def cores_of_threads(pid):
+    """The sets of cores that the threads of a process may use."""
+    found = set()
+    for thread in os.listdir('/proc/{}/task'.format(pid)):
+        try:
+            found.add(frozenset(os.sched_getaffinity(int(thread))))
+        except ProcessLookupError:
+            pass
+    return found
+
+
+@pytest.mark.skipif(len(environment.CORES) < 2, reason='needs two cores')
+def test_cpus_keep_trainers_and_workers_apart(images):
+    first, *others = sorted(environment.CORES)
+    run = Run(images, 1, '--cpus', first)
+    try:
+        run.wait_for_an_epoch()
+        assert len(run.trainers) == len(run.workers) == 1  # for its one core
+        for pid in [run.server] + run.workers:
+            assert cores_of_threads(pid) == {frozenset([first])}
+        assert cores_of_threads(run.trainers[0]) == {frozenset(others)}
     finally:
         run.clean()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
+import environment
 import launch
 import main_lincls
 import main_moco
@@ -175,6 +176,13 @@ def test_a_mistake_gets_one_line(failures, name):
     (['--fake', '--queue-size', '-4'], ['--queue-size must be positive, not -4']),
     (['--fake', '--crop-area', '0.5', '0.2'], ['--crop-area 0.5 0.2']),
     (['--fake', '--data', 'x'], ['either --data DIR or --fake']),
+    (['--fake', '--cpus', '1-'], ['--cpus: 1- is not a list of cores like 0-3,8']),
+    (['--fake', '--cpus', '3-1'], ['--cpus: 3-1 is not a list of cores']),
+    (['--fake', '--cpus', ''], ['--cpus:  is not a list of cores']),
+    (['--fake', '--cpus', '5000-999999999999'], ['--cpus: 5000-999999999999: core 5000 is not one',
+                                                 ','.join(map(str, sorted(environment.CORES)))]),
+    (['--fake', '--cpus', ','.join(map(str, environment.CORES))],
+     ['--cpus:', 'leaves no core for the trainers']),
     ([], ['either --data DIR or --fake'])])
 def test_flags_that_make_no_sense(flags, words, capsys):
     with pytest.raises(SystemExit) as error:
