@@ -1,7 +1,7 @@
 """What test_horovod.py runs on every rank: shuffling, three steps of MoCo, and what each rank
 then holds.
 
-    horovodrun -np 2 python tests/horovod_ranks.py FOLDER shuffle train    # writes FOLDER/rank0.npz,
+    horovodrun -np 2 python tests/horovod_ranks.py FOLDER shuffle train    # FOLDER/rank0.npz,
                                                                            # FOLDER/rank1.npz
 """
 import os
