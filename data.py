@@ -318,6 +318,7 @@ def digest_images(images):
 # addWeighted rounds: hence BIAS, just short of a half so that whole numbers stay as they are.
 
 BIAS = -0.498
+MARKERS_WITHOUT_LENGTH = {0x00, 0x01, 0xff, *range(0xd0, 0xda)}
 
 
 def decode_image(path):
@@ -330,9 +331,30 @@ def decode_image(path):
             encoded = os.read(file, os.fstat(file).st_size)
         finally:
             os.close(file)
+        if encoded[:2] == b'\xff\xd8' and not has_end(encoded):
+            return None
         return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, MemoryError, cv2.error):
         return None
+
+
+def has_end(jpeg):
+    """Whether a JPEG has its end marker.
+
+    Of one that was cut off, OpenCV returns the rows that are missing as it finds the memory, which
+    is pieces of other images. PIL, and so the official code, refuses it.
+    """
+    # The marker counts behind the first start of scan (0xda): a thumbnail before that has its own.
+    # What may follow it, a video say, does not matter.
+    at = 2
+    while at + 4 <= len(jpeg):
+        if jpeg[at] != 0xff or jpeg[at + 1] in MARKERS_WITHOUT_LENGTH:
+            at += 1
+        elif jpeg[at + 1] == 0xda:
+            return jpeg.rfind(b'\xff\xd9', at) > 0
+        else:
+            at += 2 + int.from_bytes(jpeg[at + 2:at + 4], 'big')
+    return False
 
 
 def adjust_brightness(image, factor):
