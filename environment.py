@@ -1,4 +1,4 @@
-"""Cores, and environment variables that TensorFlow and OpenMP read while they are loaded.
+"""Cores, and environment variables that TensorFlow, OpenMP and OpenCV read while they are loaded.
 
 Importing this takes the cores that --cpus leaves, and sets the variables that are not set; so
 scripts import it before anything else.
@@ -78,3 +78,7 @@ if CPUS:
 os.environ.setdefault('OMP_NUM_THREADS', str(num_threads()))
 os.environ.setdefault('KMP_BLOCKTIME', '0')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # errors only
+os.environ.setdefault('OPENCV_LOG_LEVEL', 'OFF')  # of unreadable images, which serve-data.py names
+# A file of 631 bytes can declare 30,000 x 30,000 pixels, which take 5 GB to decode. PIL's limit, so
+# the official code's; what is larger counts as unreadable.
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**30 // 6))

@@ -23,6 +23,7 @@ The server ends when its lifeline does, when all trainers have been there and go
 when a worker dies; after a bounded pass (--task eval) too, it waits for the trainers to go; it
 takes its workers and ADDRESS along, and they go too if it is killed.
 """
+import environment  # noqa: F401, I001  before all that reads it
 import argparse
 import itertools
 import json
@@ -41,7 +42,6 @@ import cv2
 import zmq
 
 import data
-import environment
 import zmq_ops
 
 # Memory is bounded: a worker holds at most the batch that it makes, SEND_QUEUE finished ones, and

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -262,6 +263,67 @@ def test_too_many_unreadable_images_end_the_server(folder, start):
     lines.readline()
     error = json.loads(lines.readline())['error']
     assert error == '2 of 13 images, more than 1 %, cannot be read: {}, {}'.format(*bad)
+    code, errors = server.wait()
+    assert code == 1 and errors.splitlines()[-1] == 'serve-data: error: ' + error
+
+
+def huge_jpeg():
+    """631 bytes that declare 30,000 x 30,000 pixels, which OpenCV would decode in 5 GB."""
+    small = cv2.imencode('.jpg', np.full((16, 16, 3), 99, np.uint8))[1].tobytes()
+    at = small.index(b'\xff\xc0') + 5  # height and width in the frame's header
+    return small[:at] + struct.pack('>HH', 30000, 30000) + small[at + 4:]
+
+
+@pytest.fixture
+def bad_folder(tmp_path):
+    """train/a with 700 images, all flat and 50, and among them 7 that are none; these."""
+    folder = tmp_path / 'root' / 'train' / 'a'
+    (folder / 'folder.jpg').mkdir(parents=True)
+    first = folder / 'folder.jpg' / 'image.png'
+    cv2.imwrite(str(first), np.full((10, 12, 3), 50, np.uint8))
+    for i in range(1, 693):
+        os.link(str(first), str(folder / '{:03d}.png'.format(i)))
+    with open(PHOTO, 'rb') as photo:
+        cut_off = photo.read()[:-1000]
+    bmp = cv2.imencode('.bmp', np.full((16, 16, 3), 99, np.uint8))[1].tobytes()
+    bad = {'001empty.jpg': b'', '100text.JPEG': b'hello', '101gif.jpg': b'GIF89a\1\0\1\0\0\0\0;',
+           '102cut_off.jpg': cut_off, '103cut_off.bmp': bmp[:-9], 'huge.jpg': huge_jpeg()}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / 'link.jpg').symlink_to(folder / 'nowhere')
+    return str(tmp_path / 'root'), sorted(str(folder / name) for name in [*bad, 'link.jpg'])
+
+
+def test_one_percent_of_unreadable_images_is_replaced(bad_folder, start):
+    folder, bad = bad_folder
+    server = start('--data', folder, '--task', 'linear', '--batch', 700, '--image-size', 8,
+                   '--workers', 2)
+    assert server.hello()['images'] == 700
+    # an epoch from each worker
+    for images, _ in server.pull_stream(0, 2, 2):
+        assert len(images) == 700 and (images == 50).all()
+    # they kept within their memory
+    for pid in server.workers():
+        with open('/proc/{}/status'.format(pid)) as status:
+            peak, = [line.split()[1] for line in status if line.startswith('VmHWM:')]
+        assert int(peak) < 2 * 2**20  # KiB
+    server.drop_lifeline()
+    code, errors = server.wait()
+    assert code == 0 and [errors.count(path) for path in bad] == [1] * 7
+    said = [line for line in errors.splitlines() if line.startswith('serve-data: ')]
+    assert len(said) == 7 and '(number 7)' in said[6] and 'OpenCV' not in errors
+
+
+def test_more_unreadable_images_end_the_server_with_a_list(bad_folder, start):
+    folder, bad = bad_folder
+    bad.append(os.path.join(folder, 'train/a/200.png'))
+    os.unlink(bad[-1])
+    open(bad[-1], 'w').close()
+    server = start('--data', folder, '--task', 'moco-v2', '--batch', 700, '--workers', 1)
+    lines = server.connect()
+    lines.readline()
+    error = json.loads(lines.readline())['error']
+    assert error == '8 of 700 images, more than 1 %, cannot be read: ' + ', '.join(sorted(bad))
     code, errors = server.wait()
     assert code == 1 and errors.splitlines()[-1] == 'serve-data: error: ' + error
 
