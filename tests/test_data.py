@@ -79,6 +79,7 @@ def test_links_are_followed_without_looping(tmp_path):
     (tmp_path / 'root/train/a/up').symlink_to(tmp_path / 'root/train/a')
     (tmp_path / 'root/train/a/gone.png').symlink_to(tmp_path / 'nowhere')
     (tmp_path / 'root/train/a/self').symlink_to(tmp_path / 'root/train/a/self')
+    os.mkfifo(str(tmp_path / 'root/train/a/pipe.png'))  # whoever opened it would wait for ever
     images = data.list_images(str(tmp_path / 'root'), 'train', labelled=True)
     # the broken link is listed, and will be reported when it is read; a link to itself is no image
     assert relative(images, tmp_path / 'root') == ['train/a/2.png', 'train/a/gone.png',

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 
 import cv2
@@ -326,6 +327,114 @@ def test_more_unreadable_images_end_the_server_with_a_list(bad_folder, start):
     assert error == '8 of 700 images, more than 1 %, cannot be read: ' + ', '.join(sorted(bad))
     code, errors = server.wait()
     assert code == 1 and errors.splitlines()[-1] == 'serve-data: error: ' + error
+
+
+# --------------------------------------------------------------------- whose images are whose
+
+# a job as the training scripts are one; it waits where the other one must be as far
+JOB = '''
+import sys
+sys.path.insert(0, {!r})
+import environment
+import numpy as np
+from tensorpack import tfv1 as tf
+import launch
+import zmq_ops
+
+_, ending, _ = launch.begin()
+server = launch.DataServer(launch.private_folder() + '-train', {{
+    'task': 'linear', 'data': 'images', 'batch': 4, 'image-size': 8}}, ending, num_workers=2)
+server.start()
+images, _ = zmq_ops.ZMQPullSocket(
+    server.end_points, [tf.uint8, tf.int32], hwm=1, bind=False, timeout={}).pull()
+with tf.Session() as sess:
+    for _ in range(2):
+        print('here', flush=True)
+        sys.stdin.readline()
+        print(*{{value for _ in range(50) for value in np.unique(sess.run(images))}}, flush=True)
+print('here', flush=True)
+sys.stdin.readline()
+server.stop()
+'''.format(os.path.dirname(SERVER), 4 * PATIENCE)
+
+
+def test_two_jobs_of_one_command_line_share_no_image(tmp_path):
+    # the same folder for temporary files, the same command line, seed and all; but other folders
+    # to start it in, and so other images
+    tmp = tempfile.mkdtemp(prefix='t')  # short, for the paths of sockets
+    jobs = []
+    try:
+        for value in (40, 200):
+            folder = tmp_path / str(value) / 'images' / 'train' / 'a'
+            folder.mkdir(parents=True)
+            for i in range(8):
+                cv2.imwrite(str(folder / '{}.png'.format(i)), np.full((9, 9, 3), value, np.uint8))
+            jobs.append(subprocess.Popen(
+                [sys.executable, '-c', JOB], cwd=str(tmp_path / str(value)), stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, universal_newlines=True,
+                env=dict(os.environ, TMPDIR=tmp, CUDA_VISIBLE_DEVICES='')))
+
+        def go_on():
+            for job in jobs:
+                job.stdin.write('\n')
+                job.stdin.flush()
+            return [job.stdout.readline() for job in jobs]
+        assert [job.stdout.readline() for job in jobs] == ['here\n'] * 2
+        assert len(os.listdir(tmp)) == 2
+        for _ in range(2):
+            assert go_on() == ['40\n', '200\n']
+            assert [job.stdout.readline() for job in jobs] == ['here\n'] * 2
+        assert go_on() == ['', ''] and [job.wait(4 * PATIENCE) for job in jobs] == [0, 0]
+        assert os.listdir(tmp) == []
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate()
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+NOBODY = 65534
+CONNECT = '''
+import os, socket, sys
+os.setgroups([])
+os.setgid(int(sys.argv[1]))
+os.setuid(int(sys.argv[1]))
+for path in sys.argv[2:]:
+    try:
+        socket.socket(socket.AF_UNIX).connect(path)
+        print('connected')
+    except OSError as error:
+        print(type(error).__name__)
+'''
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can be another user')
+def test_another_user_cannot_connect(folder, start, tmp_path):
+    # in a folder that all can enter, with a mask that forbids nobody anything
+    public = tempfile.mkdtemp(prefix='t')
+    mask = os.umask(0)
+    try:
+        os.chmod(public, 0o777)
+        server = start('--data', folder, '--task', 'linear', '--workers', 1,
+                       '--address', public + '/private')
+        server.address = public + '/private'
+    finally:
+        os.umask(mask)
+    try:
+        server.hello()
+        server.pull(0, 0)
+        sockets = [os.path.join(server.address, name) for name in ('control', 'rank0-worker0')]
+
+        def connect(uid):
+            return subprocess.check_output(
+                [sys.executable, '-c', CONNECT, str(uid)] + sockets, cwd='/',
+                universal_newlines=True, stderr=subprocess.STDOUT).split()
+        assert connect(0) == ['connected'] * 2
+        assert connect(NOBODY) == ['PermissionError'] * 2
+    finally:
+        server.drop_lifeline()
+        server.wait()
+        shutil.rmtree(public)
 
 
 # --------------------------------------------------------------------------------------- bad input
