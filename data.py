@@ -382,7 +382,10 @@ def adjust_hue(image, shift):
     hue = cv2.extractChannel(hsv, 0)
     np.add(hue, math.floor(shift * 255) & 255, out=hue)
     cv2.insertChannel(hue, hsv, 0)
+    # OpenCV's own way back cuts where Intel's rounds (0.3 of 255 on average), in 0.4 of the time
+    cv2.ipp.setUseIPP(False)
     cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR_FULL, image)
+    cv2.ipp.setUseIPP(True)
 
 
 def convert_to_gray(image):
