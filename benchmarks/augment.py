@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""From a JPEG to the two views of MoCo: data.py against the same recipes of tensorpack's augmentors.
+
+    python benchmarks/augment.py --data /path/to/imagenet    # 200 images; a minute
+
+Both decode an image once, with the same OpenCV, and make its two views of 224 pixels on one core.
+tensorpack's colour steps run in float32, as in its own ImageNet example, and in uint8, where each
+converts to float32 and back. In turns; printed are milliseconds of a core per image (medians of the
+rounds), and the median of the rounds' ratios. The claim is at least 2.5 times the images.
+"""
+import argparse
+import collections
+import os
+import random
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+from tensorpack.dataflow import imgaug  # noqa: E402
+
+import data  # noqa: E402
+
+SIZE, IMAGES, ROUNDS = 224, 200, 5
+# what of data.py counts as what; a view's flip and random numbers only count in the total
+STAGES = {'decode': ['decode_image'], 'crop': ['random_resized_crop'], 'blur': ['blur'],
+          'colour': ['adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'adjust_hue',
+                     'convert_to_gray']}
+COLUMNS = ['decode', 'crop', 'colour', 'blur', 'total']
+
+
+class Clock:
+    """Seconds of this process's core by stage: other jobs on the machine do not count."""
+
+    def __init__(self):
+        self.seconds = collections.Counter()
+
+    def time(self, stage, function):
+        """The function, timed."""
+        def timed(*args):
+            start = time.process_time()
+            result = function(*args)
+            self.seconds[stage] += time.process_time() - start
+            return result
+        return timed
+
+
+# ------------------------------------------------------------------------- path -> both views
+
+class Ours:
+    def __init__(self, recipe, clock):
+        self._view = {'v1': data.moco_v1_view, 'v2': data.moco_v2_view}[recipe]
+        self._rng = random.Random(0)
+        self._views = np.empty((2, SIZE, SIZE, 3), np.uint8)
+        self._timed = {name: clock.time(stage, getattr(data, name))
+                       for stage, names in STAGES.items() for name in names}
+
+    def make_all(self, paths):
+        untimed = {name: getattr(data, name) for name in self._timed}
+        vars(data).update(self._timed)
+        for path in paths:
+            image = data.decode_image(path)
+            for view in self._views:
+                self._view(image, view, self._rng)
+        vars(data).update(untimed)
+        return self._views
+
+
+class Tensorpack:
+    def __init__(self, recipe, clock, float32):
+        crop = imgaug.GoogleNetRandomCropAndResize(crop_area_fraction=(0.2, 1), target_shape=SIZE)
+        gray = imgaug.RandomApplyAug(imgaug.Grayscale(rgb=False, keepshape=True), 0.2)
+        hue = 180 * {'v1': 0.4, 'v2': 0.1}[recipe]
+        jitter = imgaug.RandomOrderAug([
+            imgaug.BrightnessScale((0.6, 1.4)), imgaug.Contrast((0.6, 1.4), rgb=False),
+            imgaug.Saturation(0.4, rgb=False), imgaug.Hue((-hue, hue), rgb=False)])
+        if float32:
+            jitter = imgaug.AugmentorList([imgaug.ToFloat32(), jitter, imgaug.ToUint8()])
+        # 13 pixels wide, the least that holds 3 sigma
+        blur = imgaug.RandomApplyAug(imgaug.GaussianBlur((6, 7), sigma_range=(0.1, 2)), 0.5)
+        flip = imgaug.Flip(horiz=True)
+        stages = {'v1': [('crop', [crop]), ('colour', [gray, jitter]), ('flip', [flip])],
+                  'v2': [('crop', [crop]), ('colour', [imgaug.RandomApplyAug(jitter, 0.8), gray]),
+                         ('blur', [blur]), ('flip', [flip])]}[recipe]
+        self._read = clock.time('decode', cv2.imread)
+        self._steps = [clock.time(stage, imgaug.AugmentorList(augmentors).augment)
+                       for stage, augmentors in stages]
+
+    def make_all(self, paths):
+        for path in paths:
+            image, views = self._read(path, cv2.IMREAD_COLOR), []
+            for _ in range(2):
+                views.append(image)
+                for step in self._steps:
+                    views[-1] = step(views[-1])
+        return np.stack(views)
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+def time_round(side, clock, paths):
+    """Milliseconds per image: list, as COLUMNS."""
+    clock.seconds.clear()
+    clock.time('total', side.make_all)(paths)
+    return [1000 * clock.seconds[column] / len(paths) for column in COLUMNS]
+
+
+def measure(recipe, paths):
+    clock = Clock()
+    sides = collections.OrderedDict([
+        ('data.py', Ours(recipe, clock)),
+        ('tensorpack, float32', Tensorpack(recipe, clock, float32=True)),
+        ('tensorpack, uint8', Tensorpack(recipe, clock, float32=False))])
+    for side in sides.values():
+        side.make_all(paths[:20])  # warms up
+    rounds = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, side in sides.items():
+            rounds[name].append(time_round(side, clock, paths))
+
+    print('\n{:22}{}'.format('{}, ms per image'.format(recipe),
+                             ''.join('{:>8}'.format(column) for column in COLUMNS)))
+    for name in sides:
+        medians = [statistics.median(column) for column in zip(*rounds[name])]
+        print('{:22}{}'.format(name, ''.join('{:8.3f}'.format(value) for value in medians)))
+        if name == 'data.py':
+            limit, reached = 1000 / medians[0], 1000 / medians[-1]
+    print('a core decodes {:.0f} images/s, and makes both views of {:.0f}'.format(limit, reached))
+    for name in list(sides)[1:]:
+        ratios = [theirs[-1] / ours[-1] for ours, theirs in zip(rounds['data.py'], rounds[name])]
+        print('{:.2f} times as many as {} ({:.2f} to {:.2f} in {} rounds)'.format(
+            statistics.median(ratios), name, min(ratios), max(ratios), ROUNDS), flush=True)
+
+
+def main(folder):
+    cv2.setNumThreads(0)
+    paths = data.list_images(folder).paths
+    step = max(1, len(paths) // IMAGES)
+    # images of all classes; reading them once puts the files in memory
+    paths = [paths[i] for i in range(0, len(paths), step)][:IMAGES]
+    images = [data.decode_image(path) for path in paths]
+    if any(image is None for image in images):
+        sys.exit('cannot read {}'.format(paths[images.index(None)]))
+    print('{} images of {:.0f} x 1000 pixels on average, OpenCV {}, NumPy {}'.format(
+        len(paths), np.mean([image.shape[0] * image.shape[1] for image in images]) / 1000,
+        cv2.__version__, np.__version__))
+    del images
+    for recipe in ('v1', 'v2'):
+        measure(recipe, paths)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', required=True, metavar='DIR', help='folder of JPEGs')
+    main(parser.parse_args().data)

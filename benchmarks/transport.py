@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""From data workers to tensors in a TensorFlow session: serve-data.py against tensorpack's chain.
+
+    python benchmarks/transport.py    # 1 and 2 workers; 3 minutes
+
+No image is decoded or augmented: serve-data.py sends its --fake images, and the map function of
+tensorpack's MultiProcessMapAndBatchDataZMQ, behind which is send_dataflow_zmq(format='zmq_ops'),
+returns a constant. Two views of 224 pixels in batches of 32, pulled by the same op. In turns, each
+with a process for the server and one for the session, and measured when all queues have been filled
+once; printed are images/s, and the median of the ratios of neighbours. The claim is at least 3.
+"""
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+BENCHMARKS = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(BENCHMARKS))
+
+SIZE, BATCH, ROUNDS = 224, 32, 5
+TENSORPACK_BUFFER = 5  # messages in each socket of send_dataflow_zmq and of the op
+WARM_UP = 50  # batches, more than all queues hold
+
+
+# ---------------------------------------------------------------- the process of the session
+
+def pull(server, workers, seconds):
+    """Print images/s that a session pulls from 'ours' or 'tensorpack'."""
+    import launch
+    import zmq_ops
+    from tensorpack import tfv1 as tf
+
+    threads, ending, _ = launch.begin()
+    with {'ours': serve_ours, 'tensorpack': serve_tensorpack}[server](workers, ending) as where:
+        batch = zmq_ops.ZMQPullSocket(shapes=[[BATCH, SIZE, SIZE, 3]] * 2,
+                                      types=[tf.uint8] * 2, timeout=120, **where).pull()
+        step = tf.group(*batch)
+        with tf.Session(config=launch.session_config(threads)) as sess:
+            for _ in range(WARM_UP):
+                sess.run(step)
+            start, steps = time.time(), 0
+            while time.time() < start + seconds:
+                sess.run(step)
+                steps += 1
+            print('images/s', steps * BATCH / (time.time() - start))
+
+
+@contextlib.contextmanager
+def serve_ours(workers, ending):
+    """Arguments of the pull op, as a trainer has them, while a server runs."""
+    import launch
+    server = launch.DataServer(launch.private_folder(), {
+        'task': 'moco-v2', 'fake': 1281167, 'batch': BATCH, 'image-size': SIZE}, ending, workers)
+    server.start()
+    yield dict(end_point=server.end_points, hwm=1, bind=False)
+    server.stop()
+
+
+@contextlib.contextmanager
+def serve_tensorpack(workers, ending):
+    """Arguments of the pull op, as tensorpack's ZMQInput has them, while a server runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        address = 'ipc://{}/batches'.format(folder)
+        process = start('send_dataflow', address, workers)
+        try:
+            yield dict(end_point=address, hwm=TENSORPACK_BUFFER, bind=True)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # and its workers
+            process.wait()
+
+
+# --------------------------------------------------------------- the process of tensorpack's server
+
+def send_dataflow(address, workers):
+    """Never returns."""
+    import numpy as np
+    from tensorpack.dataflow import DataFromGenerator, MultiProcessMapAndBatchDataZMQ
+    from tensorpack.dataflow.remote import send_dataflow_zmq
+
+    views = list(np.random.RandomState(0).randint(0, 256, (2, SIZE, SIZE, 3)).astype(np.uint8))
+    flow = MultiProcessMapAndBatchDataZMQ(
+        DataFromGenerator(lambda: ([i] for i in range(1281167))), workers,
+        lambda datapoint: views, BATCH, buffer_size=BATCH * 10)
+    send_dataflow_zmq(flow, address, hwm=TENSORPACK_BUFFER, format='zmq_ops')
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+def start(function, *args, **kwargs):
+    """Start a function of this file in a process, and process group, of its own."""
+    code = 'import transport; transport.{}(*{!r})'.format(function, args)
+    return subprocess.Popen([sys.executable, '-c', code], cwd=BENCHMARKS, start_new_session=True,
+                            stderr=subprocess.DEVNULL, universal_newlines=True, **kwargs)
+
+
+def measure(workers, seconds):
+    ratios = []
+    for _ in range(ROUNDS):
+        rates = []
+        for server in ('ours', 'tensorpack'):
+            output, _ = start('pull', server, workers, seconds,
+                              stdout=subprocess.PIPE).communicate()
+            rates.append(float(output.split('images/s')[1]))
+        ratios.append(rates[0] / rates[1])
+        print('{} worker(s): serve-data.py {:.0f} images/s, tensorpack {:.0f}, ratio {:.2f}'.format(
+            workers, *rates, ratios[-1]), flush=True)
+    print('{} worker(s): median ratio {:.2f} of {}'.format(
+        workers, statistics.median(ratios), ROUNDS), flush=True)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seconds', type=float, default=5, help='of each measurement (default: 5)')
+    args = parser.parse_args()
+    for workers in (1, 2):
+        measure(workers, args.seconds)
