@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""From a JPEG to the two views of MoCo: data.py against the same recipes of tensorpack's augmentors.
+"""From a JPEG to the two views of MoCo: data.py against the same by tensorpack's augmentors.
 
     python benchmarks/augment.py --data /path/to/imagenet    # 200 images; a minute
 

@@ -2,7 +2,7 @@
 """What shuffled BN is for: the demo's network with BN in splits, whose keys are permuted or not.
 
     python tools/prepare_cifar10.py datasets/cifar10
-    python benchmarks/leak.py --data datasets/cifar10    # 3 epochs each: about 12 minutes on 2 cores
+    python benchmarks/leak.py --data datasets/cifar10    # 3 epochs each: 12 minutes on 2 cores
 
 Unpermuted, a query and its key are normalised with the same few images: statistics give the pair
 away, the (K+1)-way accuracy is higher, and features are worse for it (kNN). Printed are both, an

@@ -2,7 +2,7 @@
 """The official authors' CIFAR-10 notebook, by the code of this project: does it learn as fast?
 
     python tools/prepare_cifar10.py datasets/cifar10
-    python benchmarks/notebook.py --data datasets/cifar10    # two epochs: about 35 minutes on 2 cores
+    python benchmarks/notebook.py --data datasets/cifar10    # 2 epochs: 35 minutes on 2 cores
 
 prints loss and kNN top-1 of every epoch beside what the notebook's authors print: losses 6.96 and
 7.25, kNN 32.0 and 33.5 %; 82.6 % after all 200 epochs (`--epochs 200`). The same command again
