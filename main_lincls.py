@@ -233,7 +233,7 @@ def main(args):
         CheckUnchanged(backbone),
         Validate(model, folder + '-val', args.data, 'val', args.image_size, batch_size, ending,
                  args.workers),
-        training.Save(max_to_keep=3, checkpoint_dir=args.logdir),
+        training.Save(max_to_keep=3),
     ], start, steps_per_epoch, steps_done, max_steps)
     server.stop()
 

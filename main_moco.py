@@ -385,7 +385,7 @@ def main(args):
     callbacks = [
         training.EpochMeans(model.monitored, ending),
         training.Speed(args.batch, None if args.fake else source.waited()),
-        training.Save(max_to_keep=10, checkpoint_dir=logdir)]
+        training.Save(max_to_keep=10)]
     if args.knn_every:
         def features(images):
             return resnet.compile_if(model.use_xla, lambda x: net(x, training=False), images)
