@@ -2,7 +2,7 @@
 """Training on two hosts, and what becomes of one when the other is lost.
 
     python tests/faults/two_hosts.py           # as root; a few minutes
-    python tests/faults/two_hosts.py --fault link --limit 300 -- --stall-limit 20
+    python tests/faults/two_hosts.py --fault link --limit 300
 
 The hosts a and b are namespaces of this machine (network, host name, processes, mounts), joined by
 a cable of their own, each with sshd, data and temporary folder; nothing leaves them. For each fault
