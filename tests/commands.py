@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PATIENCE = 240  # seconds for any command, on a busy machine
+PATIENCE = 600  # seconds for any command, on a busy machine
 
 # a network of which a step takes milliseconds
 NETWORK = ['--depth', '18', '--width', '8', '--stem', '3x3s2', '--image-size', '16']
