@@ -351,6 +351,15 @@ def read_pytorch_elsewhere(path, wanted):
     return weights, re.findall('^dropped: (.*)$', process.stdout, re.MULTILINE) + unwanted
 
 
+def tell_error(error):
+    """What an error of TensorFlow says, in one line.
+
+    2.15 says first where the graph was made, then `Node: name`, and then what is wrong.
+    """
+    text = re.split('^Node: .*\n', error.message, 1, re.MULTILINE)[-1]
+    return re.sub(r'\A\d+ root error\(s\) found\.\s*', '', text).split('\n')[0]
+
+
 def import_tensorflow(doing, path):
     """TensorFlow; `doing` and `path` are for the message if it is missing."""
     try:

@@ -259,13 +259,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.load) == args.pixels:
         parser.error('give either --load FILE or --pixels')
-    if args.k <= 0 or args.batch <= 0:
-        parser.error('--k and --batch must be positive')
+    if args.k <= 0 or args.batch <= 0 or args.stall_limit <= 0:
+        parser.error('--k, --batch and --stall-limit must be positive')
     return args
 
 
 def main(args):
-    threads, ending, gpu = launch.begin()
+    threads, ending, gpu = launch.begin(args.stall_limit)
     try:
         check_data(args.data)
         paths = ([None] if args.pixels else list_checkpoints(args.load) if args.all

@@ -5,6 +5,10 @@ The rule of the house: whoever starts a process ends it, and nobody waits for th
     trainer (local rank 0) ── starts, holds its lifeline ──▶ serve-data.py ──▶ workers
     every local rank ◀── control socket: one line of facts, then silence;
                          end of file means that the server is gone
+    every rank ◀── heartbeat.py: the ranks that a collective waits for
+
+A job that is asked to end (SIGTERM, Ctrl-C) finishes the step, on which all ranks agree, writes a
+checkpoint and a file named resume-me, and exits with code 75: the same command goes on from there.
 """
 import contextlib
 import json
@@ -23,14 +27,23 @@ import horovod.tensorflow as hvd
 from tensorpack import tfv1 as tf
 from tensorpack.utils import logger
 
+import checkpoints
 import environment
+import heartbeat
 import zmq_ops
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+STALL_LIMIT = 300  # seconds
+# Of a rank that does not end, horovodrun kills all descendants at once. So this, whose parent is
+# init, waits for the end of the lifeline too, and removes what no server is left to remove.
+CLEAN_UP = 'trap "" TERM INT HUP; read line; rm -rf -- "$0"'
 
 
-def begin():
-    """What every script does first: quiet libraries, Horovod, signals.
+def begin(stall_limit=STALL_LIMIT):
+    """What every script does first: quiet libraries, Horovod, signals, heartbeat.
+
+    Args:
+        stall_limit: seconds to wait for a rank, or a batch, that does not come.
 
     Returns:
         (int, Ending, bool): threads for this rank, how it is ended, whether there is a GPU.
@@ -44,12 +57,28 @@ def begin():
     if not gpu:
         # a CPU's steps are long, and Horovod takes a core's time whenever it looks for work (ms)
         os.environ.setdefault('HOROVOD_CYCLE_TIME', '5')
+    # Gloo gives up after 30 s, and names nobody: the heartbeat is to come first
+    os.environ.setdefault('HOROVOD_GLOO_TIMEOUT_SECONDS', str(int(2 * stall_limit) + 60))
     hvd.init()
     if hvd.rank() != 0:
         logger.setLevel(logging.ERROR)  # all ranks would say the same
-    ending = Ending()
+    ending = Ending(stall_limit)
     ending.watch_signals()
+    watch_ranks(ending)
     return environment.num_threads(), ending, gpu
+
+
+def watch_ranks(ending):
+    """Begin to watch the other ranks, if horovodrun has left its key-value store's address."""
+    address = os.environ.get('HOROVOD_GLOO_RENDEZVOUS_ADDR')
+    if hvd.size() == 1:
+        return
+    if address is None:
+        logger.warn('not started by horovodrun with Gloo: a rank that stops will not be named')
+        return
+    store = address, int(os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT'])
+    heartbeat.Heartbeat(hvd.rank(), hvd.size(), store, ending.stall_limit,
+                        lambda: ending.steps_begun, ending.end).start()
 
 
 def add_arguments(group, compiled):
@@ -59,6 +88,9 @@ def add_arguments(group, compiled):
     group.add_argument('--cpus', type=environment.parse_cpus, metavar='LIST',
                        help='cores of the data processes on each host, as in 0-3,8; the trainers '
                        'keep to the others (default: all share all)')
+    group.add_argument('--stall-limit', type=float, default=STALL_LIMIT, metavar='SECONDS',
+                       help='end if a rank, or a batch, lets the others wait for longer '
+                       '(default: {})'.format(STALL_LIMIT))
     group.add_argument('--xla', dest='xla', action='store_true', default=None,
                        help='compile the {} with XLA (default: on a GPU)'.format(compiled))
     group.add_argument('--no-xla', dest='xla', action='store_false', help='do not')
@@ -121,44 +153,92 @@ class Ending:
     """Ends this process from any thread, even while its main thread is inside session.run.
 
     Python sees a signal only after session.run has returned, so a thread reads the wake-up pipe
-    that the C-level handler writes to, and closes the session, which ends a blocked pull. A main
-    thread that is stuck elsewhere (in a collective whose peers are gone, say) is given GRACE
-    seconds.
-    """
-    GRACE = 5
+    that the C-level handler writes to. What must end closes the session, which ends a blocked pull.
+    A main thread that is stuck elsewhere (in a collective whose peers are gone, say) is given GRACE
+    seconds, and so is the step that is to be the last one: horovodrun kills 5 s after SIGTERM.
 
-    def __init__(self):
-        self.reason = None
-        self.code = 1
-        self.session = None
+    Attributes:
+        stall_limit: seconds, for whoever waits.
+        steps_begun: by this rank, for its heartbeat.
+        resumable: where training is: in a 'step', 'writing' a checkpoint, or behind it, so that a
+            'checkpoint' of the last step is there (while it evaluates, say); None outside training.
+        marker: where rank 0 says that the run is to be continued, or None.
+    """
+    GRACE = 4
+    RESUME = 75  # exit code; EX_TEMPFAIL of sysexits.h
+
+    def __init__(self, stall_limit=STALL_LIMIT):
+        self.stall_limit = stall_limit
+        self.reason = self.asked = self.session = self.resumable = self.marker = None
+        self.code, self.steps_begun, self._overdue = 1, 0, False
         self._lock = threading.Lock()
 
     def watch_signals(self):
-        """Turn SIGTERM and SIGINT into end(); call it in the main thread."""
+        """Watch for SIGTERM and SIGINT; call it in the main thread."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._raise)
+            signal.signal(number, self._leave)
 
         def wait():
-            number = os.read(read, 1)[0]
-            self.end('stopped by {}'.format(signal.Signals(number).name), 128 + number)
+            while True:
+                self._obey(os.read(read, 1)[0])
         threading.Thread(target=wait, daemon=True).start()
 
-    def _raise(self, number, frame):
-        raise SystemExit(128 + number)
+    def _leave(self, number, frame):
+        """In the main thread."""
+        if self.resumable is None:
+            raise SystemExit(128 + number)
 
-    def end(self, reason, code=1, said=False):
-        """Say why, unless it has been said, close the session, and let the main thread go;
-        the first call wins."""
+    def _obey(self, number):
+        """In the thread that watches."""
+        name, again, self.asked = signal.Signals(number).name, self.asked, number
+        if again and number != signal.SIGINT:
+            return  # a cluster's manager and horovodrun may both send it
+        if self.resumable is None or again:
+            self.end('stopped by {}'.format(name), 128 + number)
+            return
+
+        def give_up():
+            self._overdue = True
+            if self.resumable == 'checkpoint':
+                self.end_to_resume()
+            elif self.resumable == 'step':
+                self.end('stopped by {}, and no step ended within {} s'.format(
+                    name, self.GRACE), 128 + number)
+        timer = threading.Timer(self.GRACE, give_up)
+        timer.daemon = True
+        timer.start()
+
+    def has_written(self):
+        """A checkpoint of the last step is there."""
+        self.resumable = 'checkpoint'
+        if self._overdue:
+            self.end_to_resume()
+            raise SystemExit(self.code)
+
+    def end_to_resume(self):
+        """End with a checkpoint, saying that the run is to be continued."""
+        by = signal.Signals(self.asked).name if self.asked else 'a signal to another rank'
+        reason = 'stopped by {} after step {}: the same command continues'.format(
+            by, self.steps_begun)
+        if self.marker and self.reason is None:
+            with open(self.marker, 'w') as f:
+                f.write(reason + '\n')
+        self.end(reason, self.RESUME, grace=1)  # all has been written
+
+    def end(self, reason, code=1, said=False, grace=GRACE):
+        """Say why, unless it has been said, close the session, and let the main thread go within
+        `grace` seconds; the first call wins."""
         with self._lock:
             if self.reason is not None:
                 return
             self.reason, self.code = reason, code
         if not said:
-            print('rank {}: {}'.format(hvd.rank(), reason), file=sys.stderr, flush=True)
-        timer = threading.Timer(self.GRACE, os._exit, [code])
+            with contextlib.suppress(OSError):  # horovodrun, who reads it, may be gone
+                print('rank {}: {}'.format(hvd.rank(), reason), file=sys.stderr, flush=True)
+        timer = threading.Timer(grace, os._exit, [code])
         timer.daemon = True
         timer.start()
         if self.session is not None:
@@ -178,7 +258,7 @@ class Ending:
             self.exit_if_ended()
             if not isinstance(error, tf.errors.OpError):
                 raise
-            self.end('{}: {}'.format(what, error.message.split('\n')[0]))
+            self.end('{}: {}'.format(what, checkpoints.tell_error(error)))
             sys.exit(self.code)
 
 
@@ -190,13 +270,31 @@ def broadcast(integers):
         try:
             return sess.run(hvd.broadcast(tf.constant(integers, tf.int64), root_rank=0)).tolist()
         except tf.errors.OpError as error:  # another rank has failed
-            fail(error.message.split('\n')[0])
+            fail(checkpoints.tell_error(error))
+
+
+def gather(integers):
+    """Give every rank the lists of all: [ranks, length], before there is a session to train in."""
+    with tf.Graph().as_default(), tf.Session(config=session_config(1)) as sess:
+        try:
+            return sess.run(hvd.allgather(tf.constant([integers], tf.int64))).tolist()
+        except tf.errors.OpError as error:  # another rank has failed
+            fail(checkpoints.tell_error(error))
 
 
 def private_folder():
     """Agree on a folder name that no other job has; every host has its own folder of that name."""
     token = bytes(broadcast(list(os.urandom(8))))
     return os.path.join(tempfile.gettempdir(), 'moco-' + token.hex())
+
+
+def compare_digests(digest):
+    """End if the hosts have different images: each rank would take its part of another list."""
+    digests = gather([int(digest[:15], 16)])
+    different = [str(rank) for rank, other in enumerate(digests) if other != digests[0]]
+    if different:
+        fail('--data holds other images on the hosts of the ranks {} than on that of rank 0'.format(
+            ', '.join(different)))
 
 
 class DataServer:
@@ -209,20 +307,19 @@ class DataServer:
         ending: what to call when the server dies.
         num_workers: data processes on this host; None means one for each of their cores.
     """
-    TIMEOUT = 60  # seconds for a server to list its files and come up
-
     def __init__(self, folder, options, ending, num_workers=None):
         try:
             zmq_ops.pull.load_ops(zmq_ops.pull.BUILD_DIR)  # before there is a server to pull from
         except ImportError as error:
             fail(error)
-        self.folder, self.ending = folder, ending
         local_size = hvd.local_size()
         # horovod numbers the ranks host by host
         first = hvd.rank() - hvd.local_rank()
+        # hosts may share the folder for temporary files
+        self.folder, self.ending = '{}-{}'.format(folder, first), ending
         num_workers = num_workers or environment.num_cores(environment.CPUS)
         self.workers_per_rank = -(-num_workers // local_size)
-        options = dict(options, address=folder, workers=self.workers_per_rank * local_size,
+        options = dict(options, address=self.folder, workers=self.workers_per_rank * local_size,
                        size=hvd.size(), ranks=','.join(str(first + i) for i in range(local_size)))
         self._command = [sys.executable, os.path.join(HERE, 'serve-data.py')]
         if environment.CPUS:
@@ -254,6 +351,8 @@ class DataServer:
             self._process = subprocess.Popen(
                 self._command + ['--start-batch', str(start_batch), '--lifeline', str(read)],
                 pass_fds=[read], stdin=subprocess.DEVNULL)
+            subprocess.check_call(['setsid', '--fork', 'sh', '-c', CLEAN_UP, self.folder],
+                                  stdin=read)
             os.close(read)
         self._control = self._connect()
         lines = self._control.makefile('r')
@@ -261,10 +360,12 @@ class DataServer:
         if 'images' not in facts:
             fail(None if 'error' in facts else 'the data server ended as it started')
         threading.Thread(target=self._watch, args=[self._control, lines], daemon=True).start()
+        if hvd.size() > hvd.local_size():
+            compare_digests(facts['digest'])
         return facts
 
     def _connect(self):
-        deadline = time.time() + self.TIMEOUT
+        deadline = time.time() + self.ending.stall_limit
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -277,8 +378,8 @@ class DataServer:
                          'the data server ended with exit code {} as it started: {}'.format(
                              self._process.returncode, ' '.join(self._command)))
                 if time.time() > deadline:
-                    fail('no data server at {} after {} s: {}'.format(
-                        self.folder, self.TIMEOUT, error))
+                    fail('no data server at {} after {:g} s: {}'.format(
+                        self.folder, self.ending.stall_limit, error))
                 self.ending.exit_if_ended()
                 time.sleep(0.05)
 
@@ -333,7 +434,6 @@ class BoundedPass:
         images: uint8 tensor [n, S, S, 3].
         labels: int32 tensor [n].
     """
-    TIMEOUT = 300  # seconds without a batch from a server that is alive
 
     def __init__(self, folder, data, split, image_size, batch, ending, num_workers=None):
         self._batch = batch
@@ -342,7 +442,7 @@ class BoundedPass:
         }, ending, num_workers)
         pull = zmq_ops.ZMQPullSocket(
             self._server.end_points, [tf.uint8, tf.int32], hwm=1, bind=False,
-            shapes=[[None, image_size, image_size, 3], [None]], timeout=self.TIMEOUT)
+            shapes=[[None, image_size, image_size, 3], [None]], timeout=ending.stall_limit)
         self.images, self.labels = pull.pull()
 
     def run(self, sess, fetches):

@@ -185,7 +185,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    threads, ending, gpu = launch.begin()
+    threads, ending, gpu = launch.begin(args.stall_limit)
     try:
         path = resnet.find_checkpoint(args.load)
         batch_size = training.divide_batch(args.batch, hvd.size())
@@ -202,7 +202,7 @@ def main(args):
         'crop-area': args.crop_area, 'seed': args.seed}, ending, args.workers)
     facts = server.start(start_batch=steps_done)
     steps_per_epoch, max_steps = training.count_steps(args, facts['images'])
-    source = training.PullInput(server.end_points)
+    source = training.PullInput(server.end_points, args.stall_limit)
 
     # model
     tf.set_random_seed(args.seed)
@@ -231,9 +231,9 @@ def main(args):
         training.EpochMeans(model.monitored, ending),
         training.Speed(args.batch, source.waited()),
         CheckUnchanged(backbone),
+        training.Save(ending, max_to_keep=3),
         Validate(model, folder + '-val', args.data, 'val', args.image_size, batch_size, ending,
                  args.workers),
-        training.Save(max_to_keep=3),
     ], start, steps_per_epoch, steps_done, max_steps)
     server.stop()
 

@@ -314,7 +314,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    threads, ending, gpu = launch.begin()
+    threads, ending, gpu = launch.begin(args.stall_limit)
     if args.amp and launch.mixed_precision_rewrite(gpu) is None:
         launch.fail('--amp: TensorFlow {} computes in 16 bits on {}'.format(
             tf.__version__, 'a GPU only' if tf.__version__ < '2' else
@@ -342,7 +342,7 @@ def main(args):
         if num_images < hvd.size():
             launch.fail('--data {}: {} images for {} ranks'.format(
                 args.data, num_images, hvd.size()))
-        source = training.PullInput(server.end_points)
+        source = training.PullInput(server.end_points, args.stall_limit)
     steps_per_epoch, max_steps = training.count_steps(args, num_images)
 
     # model
@@ -385,7 +385,7 @@ def main(args):
     callbacks = [
         training.EpochMeans(model.monitored, ending),
         training.Speed(args.batch, None if args.fake else source.waited()),
-        training.Save(max_to_keep=10)]
+        training.Save(ending, max_to_keep=10)]
     if args.knn_every:
         def features(images):
             return resnet.compile_if(model.use_xla, lambda x: net(x, training=False), images)

@@ -2,7 +2,8 @@
 """Serve batches of augmented images to the trainers of this host.
 
 The training scripts start it themselves. By hand, it tells how many images this machine's disk and
-cores feed (10 seconds; prints images/s, ms per image and the part of decoding in it):
+cores feed (10 seconds; prints images/s, ms per image, what decoding alone takes, and how long a
+pass over all images is):
 
     ./serve-data.py --benchmark --data /path/to/imagenet --task moco-v2 --batch 32
     ./serve-data.py --benchmark --fake 50000 --task moco-v2 --image-size 32 --batch 256
@@ -19,9 +20,10 @@ ADDRESS/control, and stays connected for as long as it pulls, gets lines of JSON
     {"images": N, "classes": C or null, "workers_per_rank": n, "digest": "..."}     first
     {"error": "..."}     the server ends; also instead of the first line
 
-The server ends when its lifeline does, when all trainers have been there and gone, on SIGTERM, and
-when a worker dies; after a bounded pass (--task eval) too, it waits for the trainers to go; it
-takes its workers and ADDRESS along, and they go too if it is killed.
+The server ends when its lifeline does, when all trainers have been there and gone (after a bounded
+pass, --task eval, too), and when a worker dies. SIGTERM and SIGINT end it if it has no lifeline; a
+cluster sends them to all processes of a job, and the trainer wants data until it has ended its last
+step. The server takes its workers and ADDRESS along, and they go too if it is killed.
 """
 import environment  # noqa: F401, I001  before all that reads it
 import argparse
@@ -50,6 +52,7 @@ SEND_QUEUE = 2
 LINGER = 10  # seconds that an ended server waits for trainers that have not yet heard why
 MAX_SOCKET_PATH = 107  # bytes: sockaddr_un has 108 with the final zero
 BENCHMARK_SECONDS = 10
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def parse_args(argv):
@@ -138,7 +141,7 @@ def run_worker(args, address, images, rank, number, count, report):
     Args:
         report: is called with the index of an unreadable image.
     """
-    cv2.setNumThreads(0)  # the workers are the threads
+    data.set_up_process()
     reader = data.ImageReader(images, report)
     batches = data.create_batches(args.task, reader, rank, args.size, args.batch, args.image_size,
                                   args.seed, args.crop_area)
@@ -281,8 +284,9 @@ class Server:
         os.set_blocking(read, False)
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in SIGNALS:
+            signal.signal(number, (lambda *_: None) if lifeline is None else signal.SIG_IGN)
         self._selector.register(read, selectors.EVENT_READ, self._read_signals)
         if lifeline is not None:
             self._selector.register(lifeline, selectors.EVENT_READ, self._read_lifeline)
@@ -335,9 +339,9 @@ class Server:
         """Never returns."""
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the server decides
-            for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-                signal.signal(signum, signal.SIG_DFL)
+            for signum in SIGNALS:
+                signal.signal(signum, signal.SIG_IGN)  # they go to all: the server decides
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # what is the server's must end with the server
             os.close(self._alive)
             for key in list(self._selector.get_map().values()):
@@ -469,7 +473,7 @@ class Server:
 
     def _read_signals(self, pipe):
         numbers = set(os.read(pipe, 4096))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             if number in numbers:
                 raise Stop(128 + number, 'the data server was ended by {}'.format(
                     signal.Signals(number).name))
@@ -545,8 +549,9 @@ def benchmark(args):
         decoding = time_decoding(list_images(args).paths)
         print('decoding alone takes {:.3f} ms per image: at most {:.0f} images/s'.format(
             1000 * decoding, cores / decoding))
-    print('this feeds {:.0f} images/s to each of {} rank(s)'.format(
-        rate / len(args.ranks), len(args.ranks)))
+    print('this feeds {:.0f} images/s to each of {} rank(s); a pass over {} images takes {:.1f} min'
+          .format(rate / len(args.ranks), len(args.ranks), facts['images'],
+                  facts['images'] / rate / 60))
     return 0
 
 

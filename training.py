@@ -4,6 +4,7 @@ import functools
 import math
 import operator
 import os
+import shutil
 import sys
 import time
 
@@ -11,7 +12,8 @@ import horovod.tensorflow as hvd
 import numpy as np
 from tensorflow.python.ops import math_ops
 from tensorpack import tfv1 as tf
-from tensorpack.callbacks import Callback, JSONWriter, ModelSaver, ScalarPrinter, TFEventWriter
+from tensorpack.callbacks import (
+    Callback, JSONWriter, ModelSaver, MonitorBase, ScalarPrinter, TFEventWriter)
 from tensorpack.callbacks.steps import MaintainStepCounter
 from tensorpack.input_source import StagingInput, TensorInput
 from tensorpack.tfutils.sesscreate import NewSessionCreator
@@ -19,11 +21,13 @@ from tensorpack.tfutils.sessinit import SaverRestore, SessionInit
 from tensorpack.train import HorovodTrainer
 from tensorpack.utils import logger
 
+import checkpoints
 import launch
 import resnet
 import zmq_ops
 
-PULL_TIMEOUT = 300  # seconds without a batch from a server that is alive
+MARKER = 'resume-me'  # file in the log folder of a run that was asked to stop
+TELL = 60  # seconds between two lines about a long epoch
 
 
 class Trainer(HorovodTrainer):
@@ -34,6 +38,9 @@ class Trainer(HorovodTrainer):
     number of steps done before it. At the end of every epoch all variables are broadcast from rank
     0 (tensorpack's BROADCAST_EVERY_EPOCH), which is what gives every rank the same BN statistics
     before anything is evaluated or saved.
+
+    Each step also tells every rank whether any of them has been asked to stop. So all stop after
+    the same step, with a checkpoint of it.
 
     Args:
         ending: a launch.Ending.
@@ -60,6 +67,9 @@ class Trainer(HorovodTrainer):
         with tf.control_dependencies([self.train_op]):
             updates = self._updates_after_weights()
         self.train_op = tf.group(self.train_op, *(bn_updates + updates))
+        self._asked = tf.placeholder(tf.float32, [])
+        self._any_asked = (hvd.allreduce(self._asked, op=hvd.Sum) if hvd.size() > 1 else
+                           tf.identity(self._asked))
         return callbacks
 
     def initialize(self, session_creator, session_init):
@@ -67,20 +77,45 @@ class Trainer(HorovodTrainer):
         self._ending.session = self.sess
 
     def run_step(self):
-        with self._ending.explain('step {}'.format(self.global_step)):
-            self.hooked_sess.run(self.train_op)
+        self._ending.steps_begun, self._ending.resumable = self.global_step + 1, 'step'
+        with self._ending.explain('step {}'.format(self._ending.steps_begun)):
+            _, stop = self.hooked_sess.run(
+                [self.train_op, self._any_asked], {self._asked: bool(self._ending.asked)})
+        if stop:
+            self._stop()
+
+    def _stop(self):
+        """Write what belongs to the end of an epoch, but do not evaluate: there are seconds."""
+        self._ending.resumable = 'writing'
+        for callback in self._callbacks.cbs:
+            if isinstance(callback, Save):
+                callback.trigger()
+        for callback in self._callbacks.cbs:
+            if isinstance(callback, (EpochMeans, Speed, MonitorBase)):
+                callback.trigger_epoch()
+        launch.broadcast([0])  # rank 0 has written
+        self._ending.end_to_resume()
+        raise SystemExit(self._ending.code)
 
     def run(self, callbacks, session_init, steps_per_epoch, steps_done, max_steps):
         """Train until `max_steps` steps have been done in all.
 
+        If the run that this one continues was ended while it evaluated, that is done again.
+
         Args:
-            callbacks: besides the usual ones (console, stats.json, TensorBoard).
+            callbacks: besides the usual ones (console, stats.json, TensorBoard). Save goes before
+                those that evaluate.
             session_init: what gives the variables their first values, on rank 0; the others get
                 them from there.
             steps_per_epoch: an epoch is that many steps; the last one may be shorter.
             steps_done: by the run that this one continues.
         """
         monitors = [TFEventWriter(), Statistics(), ScalarPrinter()] if hvd.rank() == 0 else []
+        epochs_done = count_epochs(steps_per_epoch, steps_done, max_steps)
+        if hvd.rank() == 0:
+            self._ending.marker = os.path.join(logger.get_logger_dir(), MARKER)
+            if os.path.exists(self._ending.marker):
+                os.remove(self._ending.marker)
         try:
             with self._ending.explain('training'):
                 self.train_with_defaults(
@@ -89,10 +124,11 @@ class Trainer(HorovodTrainer):
                     session_creator=SessionCreator(self._config),
                     session_init=session_init if hvd.rank() == 0 else None,
                     steps_per_epoch=steps_per_epoch,
-                    starting_epoch=steps_done // steps_per_epoch + 1,
+                    starting_epoch=epochs_done + 1,
                     max_epoch=math.ceil(max_steps / steps_per_epoch))
         except resnet.WeightsError as error:
             launch.fail(error)
+        self._ending.resumable = None
         self._ending.exit_if_ended()
 
 
@@ -133,8 +169,8 @@ class CountStepLast(MaintainStepCounter):
 
 
 class AlignEpochs(Callback):
-    """Epochs end at multiples of steps_per_epoch, also after resuming in the middle of one,
-    and at max_steps."""
+    """Epochs end at multiples of steps_per_epoch, also after resuming in the middle of one or (with
+    no steps) at its end, and at max_steps."""
 
     _chief_only = False
 
@@ -142,9 +178,8 @@ class AlignEpochs(Callback):
         self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
 
     def _before_epoch(self):
-        step = self.global_step
-        end = min((step // self._steps_per_epoch + 1) * self._steps_per_epoch, self._max_steps)
-        self.trainer.loop.steps_per_epoch = end - step
+        end = min(self.epoch_num * self._steps_per_epoch, self._max_steps)
+        self.trainer.loop.steps_per_epoch = end - self.global_step
 
 
 class EpochMeans(Callback):
@@ -162,6 +197,7 @@ class EpochMeans(Callback):
 
     def _before_epoch(self):
         self._values = {name: [] for name in self._tensors}
+        self._told = time.time()
 
     def _before_run(self, _):
         return tf.train.SessionRunArgs(self._tensors)
@@ -174,10 +210,17 @@ class EpochMeans(Callback):
                     '{} is {} at step {}: stopped; checkpoints are of earlier steps'.format(
                         name, value, self.global_step))
                 raise SystemExit(1)
+        if time.time() > self._told + TELL:
+            self._told = time.time()
+            means = ', '.join('{} {:.4g}'.format(*mean) for mean in self._means())
+            logger.info('step {}, means of this epoch: {}'.format(self.global_step, means))
+
+    def _means(self):
+        return [(name, np.mean(values)) for name, values in self._values.items() if values]
 
     def _trigger_epoch(self):
-        for name, values in self._values.items():
-            self.trainer.monitors.put_scalar(name, np.mean(values))
+        for name, mean in self._means():
+            self.trainer.monitors.put_scalar(name, mean)
 
 
 class Statistics(JSONWriter):
@@ -188,9 +231,14 @@ class Statistics(JSONWriter):
 
     def _before_train(self):
         self._fname = os.path.join(logger.get_logger_dir(), self.FILENAME)
-        self._stats = [epoch for epoch in self.load_existing_json() or []
+        self._stats = [epoch for epoch in read_statistics()
                        if epoch['global_step'] <= self.global_step]
         self._trigger()
+
+
+def read_statistics():
+    """What stats.json in the log folder holds: list of dicts."""
+    return JSONWriter.load_existing_json() or []
 
 
 class Speed(Callback):
@@ -231,10 +279,38 @@ class Speed(Callback):
 
 
 class Save(ModelSaver):
-    """ModelSaver, but a checkpoint that cannot be written ends the run instead of being
-    forgotten."""
+    """ModelSaver, but weights that are not finite are not saved, and a checkpoint that cannot be
+    written ends the run instead of being forgotten.
+
+    Args:
+        ending: a launch.Ending.
+    """
+    _chief_only = False
+
+    def __init__(self, ending, max_to_keep):
+        super().__init__(max_to_keep=max_to_keep)
+        self._ending = ending
+
+    def _setup_graph(self):
+        if hvd.rank() != 0:
+            return
+        super()._setup_graph()
+        self._finite = {v.op.name: tf.reduce_all(tf.math.is_finite(v.read_value()))
+                        for v in tf.global_variables() if v.dtype.base_dtype.is_floating}
+
+    def _trigger_epoch(self):
+        self._ending.resumable = 'writing'
+        self._trigger()
+        self._ending.has_written()
 
     def _trigger(self):
+        if hvd.rank() != 0:
+            return
+        wrong = [name for name, finite in self.trainer.sess.run(self._finite).items() if not finite]
+        if wrong:
+            self._ending.end('{} is not finite after step {}: stopped; checkpoints are of earlier '
+                             'steps'.format(wrong[0], self.global_step))
+            raise SystemExit(1)
         try:
             path = self.saver.save(
                 self.trainer.sess, self.path, global_step=tf.train.get_global_step(),
@@ -242,8 +318,11 @@ class Save(ModelSaver):
         except tf.errors.CancelledError:
             raise  # the session was closed meanwhile
         except (OSError, tf.errors.OpError) as error:
-            raise SystemExit('cannot write a checkpoint to {} (disk full?): {}'.format(
-                self.checkpoint_dir, error))
+            self._ending.end(
+                'cannot write a checkpoint to {}, on whose disk {:.1f} MB are free: {}'.format(
+                    self.checkpoint_dir, shutil.disk_usage(self.checkpoint_dir).free / 2**20,
+                    error if isinstance(error, OSError) else checkpoints.tell_error(error)))
+            raise SystemExit(1)
         logger.info('saved {}'.format(path))
 
     def _before_train(self):
@@ -253,17 +332,22 @@ class Save(ModelSaver):
 
 
 class PullInput(TensorInput):
-    """Batches from a data server, through the pull op."""
+    """Batches from a data server, through the pull op.
 
-    def __init__(self, end_points):
-        self._end_points = end_points
+    Args:
+        end_points: of the server.
+        timeout: seconds to wait for a batch.
+    """
+
+    def __init__(self, end_points, timeout):
+        self._end_points, self._timeout = end_points, timeout
         super().__init__(lambda: self._socket.pull())
 
     def _setup(self, signature):
         super()._setup(signature)
         self._socket = zmq_ops.ZMQPullSocket(
             self._end_points, [s.dtype for s in signature], hwm=1, bind=False,
-            shapes=[s.shape for s in signature], timeout=PULL_TIMEOUT)
+            shapes=[s.shape for s in signature], timeout=self._timeout)
 
     def waited(self):
         return self._socket.waited()
@@ -333,7 +417,7 @@ def add_arguments(group, epochs, crop_area):
 
 def check_arguments(parser, args, *positive):
     """End with an error unless what is given with all trainings' flags, and `positive`, can be."""
-    for name in ('batch', 'epochs', 'steps_per_epoch', 'workers') + positive:
+    for name in ('batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit') + positive:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error('--{} must be positive, not {}'.format(
                 name.replace('_', '-'), getattr(args, name)))
@@ -358,6 +442,16 @@ def count_steps(args, images):
     total_steps = int(round(args.epochs * steps_per_epoch))
     return (steps_per_epoch,
             total_steps if args.max_steps is None else min(args.max_steps, total_steps))
+
+
+def count_epochs(steps_per_epoch, steps_done, max_steps):
+    """How many epochs have been done to their very end, evaluation included, by a run that is
+    continued: its stats.json has them."""
+    if steps_done % steps_per_epoch and steps_done < max_steps:
+        return steps_done // steps_per_epoch
+    complete, = launch.broadcast([int(hvd.rank() == 0 and any(
+        epoch['global_step'] == steps_done for epoch in read_statistics()))])
+    return max(0, math.ceil(steps_done / steps_per_epoch) - (not complete))
 
 
 def divide_batch(batch, ranks):

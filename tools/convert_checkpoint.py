@@ -195,7 +195,7 @@ def write_tensorflow(weights, path, depth):
         try:
             sess.run(save, dict(zip(tensors, weights.values())))
         except tf.errors.OpError as error:
-            raise OSError(error.message.split('\n')[0])
+            raise OSError(checkpoints.tell_error(error))
     with open(os.path.join(folder, 'checkpoint'), 'w') as f:  # so that the folder can be moved
         f.write('model_checkpoint_path: {}\n'.format(json.dumps(os.path.basename(path))))
 

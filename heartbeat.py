@@ -1,0 +1,127 @@
+"""Which rank does a job wait for? Every rank says again and again that it lives, and rank 0 looks.
+
+A rank that stops, or whose host is lost, leaves the others in a collective, which neither ends soon
+nor says for whom it waits. So a thread of each rank writes [beat, step, process id, host] into the
+key-value store that horovodrun keeps for the ranks to find each other. Rank 0 reads them all, and
+writes down its verdict if one of them is silent, or behind in steps, for too long; the others read
+that, and rank 0's beat.
+
+Time is counted in rounds of the reader's own thread, so that a job that was stopped as a whole (a
+laptop that slept, say) goes on.
+"""
+import http.client
+import json
+import os
+import socket
+import threading
+import time
+
+REFUSED = 3  # rounds in which horovodrun refuses connections until it counts as gone
+SCOPE = '/moco/'  # of the keys: a rank's number, and "verdict"
+
+
+class Heartbeat:
+    """One rank's part.
+
+    Args:
+        rank, size: of this rank, and the number of ranks.
+        store: (host, port) of the key-value store.
+        limit: seconds that a rank may be silent, or behind the others.
+        step: a function that returns how many steps this rank has begun.
+        end: what to call with the reason to end.
+    """
+
+    def __init__(self, rank, size, store, limit, step, end):
+        self._rank, self._size, self._store, self._limit = rank, size, store, limit
+        self._step, self._end = step, end
+        self._interval = min(5., limit / 20)  # seconds between two rounds
+        self._rounds = int(limit / self._interval)
+        self._beats = {}  # rank: what it wrote last, [beat, step, process id, host]
+        self._steps = {}  # rank: those it had begun a round ago
+        self._silent, self._behind = {}, {}  # rank: for how many rounds
+        self._beat = self._unreachable = 0
+
+    def start(self):
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        reason = None
+        while reason is None:
+            time.sleep(self._interval)
+            reason = self.do_round()
+        if self._rank == 0:
+            time.sleep(3 * self._interval)  # let the others read it before horovodrun ends them
+        self._end(reason)
+
+    def do_round(self):
+        """Say that this rank lives, and look for the others.
+
+        Returns:
+            The reason to end, or None.
+        """
+        self._beat += 1
+        mine = [self._beat, self._step(), os.getpid(), socket.gethostname()]
+        self._beats[self._rank] = mine
+        try:
+            self._request('PUT', self._rank, mine)
+            reason = self._find_fault() if self._rank == 0 else self._read_verdict()
+            self._unreachable = 0
+            return reason
+        except ConnectionRefusedError:
+            self._unreachable += self._rounds / REFUSED
+        except (OSError, http.client.HTTPException, ValueError):
+            self._unreachable += 1
+        if self._unreachable >= self._rounds:
+            return 'horovodrun cannot be reached at {}:{}: it, or its host, is gone'.format(
+                *self._store)
+
+    def _request(self, method, key, value=None):
+        """Write or read a value of the store; what is not there is read as None."""
+        connection = http.client.HTTPConnection(*self._store, timeout=max(2., self._interval))
+        try:
+            connection.request(method, SCOPE + str(key),
+                               None if value is None else json.dumps(value))
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        return json.loads(content) if method == 'GET' and response.status == 200 else None
+
+    def _listen_to(self, rank):
+        beat = self._request('GET', rank)
+        self._silent[rank] = self._silent.get(rank, 0) + 1 if beat == self._beats.get(rank) else 0
+        self._beats[rank] = beat
+
+    def _find_fault(self):
+        """Rank 0: for whom the others wait, or None."""
+        for rank in range(1, self._size):
+            self._listen_to(rank)
+        steps = {rank: beat[1] if beat else 0 for rank, beat in self._beats.items()}
+        latest = max(steps.values())
+        for rank, step in steps.items():
+            # a beat is some seconds old: the steps of a rank that keeps up grow all the same
+            waits = step < latest and step == self._steps.get(rank)
+            self._behind[rank] = self._behind.get(rank, 0) + 1 if waits else 0
+        self._steps = steps
+        silent = [rank for rank, rounds in self._silent.items() if rounds > self._rounds]
+        # who is silent is behind too, which says less
+        behind = [rank for rank, rounds in self._behind.items() if rounds > self._rounds + 2]
+        if not silent and not behind:
+            return None
+        verdict = self._describe((silent + behind)[0], 'has not been heard of' if silent else
+                                 'has not begun step {}'.format(latest))
+        self._request('PUT', 'verdict', verdict)
+        return verdict
+
+    def _read_verdict(self):
+        """The others: what rank 0 has found, or that it is silent itself, or None."""
+        verdict = self._request('GET', 'verdict')
+        self._listen_to(0)
+        if verdict is None and self._silent[0] > self._rounds + 2:
+            return self._describe(0, 'has not been heard of')
+        return verdict
+
+    def _describe(self, rank, fault):
+        _, _, pid, host = self._beats.get(rank) or (0, 0, '?', '?')
+        return 'waited for rank {} (process {} on {}), which {} for {:g} s'.format(
+            rank, pid, host, fault, self._limit)
