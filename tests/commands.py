@@ -49,13 +49,18 @@ def start(script, *flags, ranks=1, root=ROOT, python=sys.executable, tmp=None, *
     Returns:
         subprocess.Popen, whose output is text.
     """
+    return start_command(command(script, *flags, ranks=ranks, root=root, python=python), tmp,
+                         **kwargs)
+
+
+def start_command(words, tmp=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs):
+    """start() of any words of a command line."""
     # Intel's build takes 8 seconds to rewrite a graph for kernels of its own,
     # which small images do not repay
     env = dict(os.environ, CUDA_VISIBLE_DEVICES='', TF_DISABLE_MKL='1', OMP_NUM_THREADS='1',
                **({'TMPDIR': str(tmp)} if tmp else {}))
-    return subprocess.Popen(command(script, *flags, ranks=ranks, root=root, python=python),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            universal_newlines=True, env=env, **kwargs)
+    return subprocess.Popen(words, stdout=stdout, stderr=stderr, universal_newlines=True, env=env,
+                            **kwargs)
 
 
 def finish(process):

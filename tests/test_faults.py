@@ -1,43 +1,25 @@
 """Whatever ends a trainer or its data server, nothing is left of either,
 and what remained says why in one line."""
 import os
+import re
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
+from tensorpack import tfv1 as tf
 
+import checkpoints
 import environment
+import resnet
+import training
 from commands import (
-    MOCO, PATIENCE, ROOT, finish, read_json, start, two_at_a_time, write_images)
-
-
-def wait_until(condition):
-    deadline = time.time() + PATIENCE
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.05)
-
-
-def find_processes(word):
-    """Ids of the living processes that have the word in their command line,
-    in the order of their start."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            with open('/proc/{}/cmdline'.format(pid), errors='replace') as f:
-                if word in f.read():
-                    found.append(int(pid))
-        except OSError:
-            pass
-    return sorted(found)
-
-
-def is_trainer(pid):
-    """Whether this is Python running the script, not horovodrun or a shell of its."""
-    with open('/proc/{}/cmdline'.format(pid)) as f:
-        return f.read().split('\0')[1].endswith('main_moco.py')
+    MOCO, PATIENCE, ROOT, finish, read_json, run, start, start_command, two_at_a_time, write_images)
+from processes import find_processes, name_process, read_rank, wait_until
 
 
 class Run:
@@ -53,14 +35,25 @@ class Run:
     def wait_for_an_epoch(self):
         wait_until(lambda: os.path.exists(os.path.join(self.logdir, 'stats.json')) or
                    self.process.poll() is not None)
-        self.trainers = [pid for pid in find_processes(self.logdir + '\0') if is_trainer(pid)]
-        self.server, *self.workers = find_processes(self.tmp + '/moco-')
+        self.trainers = sorted((pid for pid in find_processes(self.logdir + '\0')
+                                if name_process(pid) == 'trainer'), key=read_rank)
+        self.server, *self.workers = find_processes('serve-data.py\0--address\0' + self.tmp)
 
     def wait_for_the_end(self):
         """Wait until nothing is left; returns the exit code and the lines of standard error."""
         _, errors = self.process.communicate(timeout=PATIENCE)
         wait_until(lambda: not find_processes(self.tmp) and os.listdir(self.tmp) == ['log'])
         return self.process.returncode, errors.splitlines()
+
+    def last_step(self):
+        return int(tf.train.latest_checkpoint(self.logdir).rsplit('-', 1)[1])
+
+    def read_marker(self):
+        path = os.path.join(self.logdir, training.MARKER)
+        if not os.path.exists(path):
+            return None
+        with open(path) as f:
+            return f.read()
 
     def clean(self):
         for pid in find_processes(self.tmp):
@@ -77,7 +70,11 @@ FAULTS = {
     'server killed': (1, lambda run: run.server, signal.SIGKILL),
     'worker killed': (1, lambda run: run.workers[-1], signal.SIGKILL),
     'SIGTERM to horovodrun': (2, lambda run: run.process.pid, signal.SIGTERM),
+    'SIGTERM to a rank': (2, lambda run: run.trainers[1], signal.SIGTERM),
     'rank killed': (2, lambda run: run.trainers[1], signal.SIGKILL),
+    'horovodrun killed': (2, lambda run: run.process.pid, signal.SIGKILL),
+    'rank 0 stopped': (2, lambda run: run.trainers[0], signal.SIGSTOP),
+    'rank 1 stopped': (2, lambda run: run.trainers[1], signal.SIGSTOP),
 }
 
 
@@ -88,40 +85,72 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ends(images):
-    """Name -> exit code, lines of standard error, process id of whom it hit.
+    """Name -> exit code, lines of standard error, process id of whom it hit, and of what the log
+    folder holds: the newest checkpoint's step, and the text of the file resume-me or None.
 
     That nothing was left has been waited for.
     """
     def end(fault):
         ranks, find_victim, number = fault
-        run = Run(images, ranks)
+        run = Run(images, ranks, '--stall-limit', 20)
         try:
             run.wait_for_an_epoch()
             assert len(run.trainers) == ranks
             victim = find_victim(run)
             os.kill(victim, number)
-            return run.wait_for_the_end() + (victim,)
+            return run.wait_for_the_end() + (victim, run.last_step(), run.read_marker())
         finally:
             run.clean()
     return dict(zip(FAULTS, two_at_a_time(end, FAULTS.values())))
 
 
 @pytest.mark.parametrize('name, code, errors', [
-    ('SIGTERM', 128 + signal.SIGTERM, ['rank 0: stopped by SIGTERM']),
-    ('SIGINT', 128 + signal.SIGINT, ['rank 0: stopped by SIGINT']),
     ('trainer killed', -signal.SIGKILL, []),
     ('server killed', 1, ['rank 0: the data server of this host is gone'])])
 def test_nothing_is_left_and_one_line_says_why(ends, name, code, errors):
     assert ends[name][:2] == (code, errors)
+    assert ends[name][4] is None
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+def test_who_is_asked_to_end_writes_a_checkpoint_first(ends, name):
+    code, errors, _, step, marker = ends[name]
+    line = 'stopped by {} after step {}: the same command continues'.format(name, step)
+    assert (code, errors, marker) == (75, ['rank 0: ' + line], line + '\n')
+
+
+@pytest.mark.parametrize('name, who', [
+    ('SIGTERM to horovodrun', ['SIGTERM', 'SIGTERM']),
+    ('SIGTERM to a rank', ['a signal to another rank', 'SIGTERM'])])
+def test_all_ranks_end_after_the_same_step(ends, name, who):
+    _, errors, _, step, marker = ends[name]
+    lines = ['stopped by {} after step {}: the same command continues'.format(by, step)
+             for by in who]
+    said = '\n'.join(errors)
+    for rank, line in enumerate(lines):
+        assert 'rank {}: {}'.format(rank, line) in said
+    if name == 'SIGTERM to a rank':
+        # horovodrun tells of the first one; if it was itself asked to end, it may lose exit codes:
+        # its psutil waits for the same process as its subprocess, which then takes it for 0
+        assert 'Exit code: 75' in said
+    assert marker == lines[0] + '\n'
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_rank_that_stops_is_named(ends, rank):
+    code, errors, pid, _, marker = ends['rank {} stopped'.format(rank)]
+    assert code != 0 and marker is None
+    assert 'rank {}: waited for rank {} (process {} on '.format(1 - rank, rank, pid) in (
+        '\n'.join(errors))
 
 
 def test_a_killed_worker_is_named(ends):
-    code, errors, worker = ends['worker killed']
+    code, errors, worker = ends['worker killed'][:3]
     assert code == 1
     assert len(errors) == 1 and 'pid {}) was killed by signal 9'.format(worker) in errors[0]
 
 
-@pytest.mark.parametrize('name', ['SIGTERM to horovodrun', 'rank killed'])
+@pytest.mark.parametrize('name', ['SIGTERM to a rank', 'rank killed', 'horovodrun killed'])
 def test_nothing_is_left_of_two_ranks(ends, name):
     assert ends[name][0] != 0
 
@@ -168,10 +197,25 @@ def test_cpus_keep_trainers_and_workers_apart(images):
         run.clean()
 
 
+@pytest.mark.parametrize('message', [
+    'no room',
+    'no room\n\t [[{{node Save}}]]',
+    "Graph execution error:\n\nDetected at node 'Save'\n  File\nNode: 'Save'\nno room\n\t [[{{",
+    "Graph execution error:\n\nNode: 'a'\n2 root error(s) found.\n  no room\n\t [[{{node a}}]]"])
+def test_an_error_of_tensorflow_is_told_in_one_line(message):
+    error = tf.errors.InternalError(None, None, message)
+    assert checkpoints.tell_error(error) == 'no room'
+
+
+def write_script(path, lines):
+    """main_moco.py, but first the lines are run."""
+    path.write_text('import sys\nsys.path.insert(0, {!r})\n{}\n'
+                    'main_moco.main(main_moco.parse_args())\n'.format(ROOT, lines))
+    return path
+
+
 # the first checkpoint is being written as the session is closed
 CLOSED_WHILE_SAVING = '''
-import sys
-sys.path.insert(0, {!r})
 import main_moco
 import training
 
@@ -184,15 +228,104 @@ def end_and_save(self):
 
 
 training.Save._trigger = end_and_save
-main_moco.main(main_moco.parse_args())
-'''.format(ROOT)
+'''
 
 
 def test_a_session_that_is_closed_between_steps_is_no_second_error(tmp_path):
-    script = tmp_path / 'script.py'
-    script.write_text(CLOSED_WHILE_SAVING)
+    script = write_script(tmp_path / 'script.py', CLOSED_WHILE_SAVING)
     process = start(script, '--fake', *MOCO, '--steps-per-epoch', 1, '--max-steps', 1,
                     '--logdir', tmp_path / 'log')
     _, errors = finish(process)
     assert process.returncode == 1
     assert errors.splitlines() == ['rank 0: this is the end']
+
+
+# asked to end as it evaluates, which takes long
+SIGNAL_WHILE_EVALUATING = '''
+import os
+import signal
+import time
+import eval_knn
+import main_moco
+
+
+def never_end(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        time.sleep(1)
+
+
+eval_knn.OnlineKNN._trigger_epoch = never_end
+'''
+
+
+def test_an_evaluation_that_was_cut_off_is_repeated(tmp_path):
+    flags = ['--data', write_images(tmp_path / 'images', 12, 4), *MOCO, '--steps-per-epoch', 2,
+             '--max-steps', 2, '--knn-every', 1, '--logdir', tmp_path / 'log']
+    process = start(write_script(tmp_path / 'script.py', SIGNAL_WHILE_EVALUATING), *flags)
+    _, errors = finish(process)
+    assert process.returncode == 75, errors
+    assert (tmp_path / 'log' / training.MARKER).exists()
+    assert not (tmp_path / 'log' / 'stats.json').exists()
+    for _ in range(2):  # and then not again
+        run('main_moco.py', *flags)
+        epoch, = read_json(tmp_path, 'log', 'stats.json')
+        assert (epoch['epoch_num'], epoch['global_step']) == (1, 2) and 'knn_top1' in epoch
+    assert not (tmp_path / 'log' / training.MARKER).exists()
+
+
+RAISES = '''
+import horovod.tensorflow as hvd
+import main_moco
+import training
+
+
+after_run = training.EpochMeans._after_run
+
+
+def fail(self, context, values):
+    after_run(self, context, values)
+    if hvd.rank() == 1 and self.global_step == 3:
+        raise KeyError('a mistake')
+
+
+training.EpochMeans._after_run = fail
+'''
+
+
+def test_an_exception_in_a_rank_ends_all(images, tmp_path):
+    script = write_script(tmp_path / 'script.py', RAISES)
+    process = start(script, '--data', images, *MOCO, '--steps-per-epoch', 4, '--epochs', 1000000,
+                    '--logdir', tmp_path / 'log', ranks=2, tmp=tmp_path)
+    _, errors = finish(process)
+    assert process.returncode != 0 and "KeyError: 'a mistake'" in errors
+    wait_until(lambda: not find_processes(str(tmp_path)))
+    assert set(os.listdir(str(tmp_path))) == {'log', 'script.py'}
+
+
+def test_a_loss_that_is_not_finite_ends_all_and_is_not_saved(tmp_path):
+    process = start('main_moco.py', '--fake', *MOCO, '--lr', '1e36', '--steps-per-epoch', 1,
+                    '--epochs', 1000, '--logdir', tmp_path / 'log', ranks=2)
+    _, errors = finish(process)
+    assert process.returncode != 0
+    assert re.search(r'rank \d: (loss is (nan|inf) at|.* is not finite after) step \d+: stopped; '
+                     'checkpoints are of earlier steps', errors)
+    path = tf.train.latest_checkpoint(str(tmp_path / 'log'))
+    if path:  # there may have been no good step
+        for name, value in resnet.read_weights(path).items():
+            assert np.isfinite(value).all(), name
+
+
+def test_hosts_must_have_the_same_images(tmp_path):
+    # two names of this machine count as two hosts; the second one has an image more
+    for rank in (0, 1):
+        write_images(tmp_path / str(rank), 12 + rank, 0)
+    command = ' '.join(map(shlex.quote, [
+        sys.executable, os.path.join(ROOT, 'main_moco.py'), *MOCO, '--logdir',
+        str(tmp_path / 'log'), '--data', str(tmp_path)])) + '/$HOROVOD_RANK'
+    process = start_command(
+        [os.path.join(os.path.dirname(sys.executable), 'horovodrun'), '-np', '2',
+         '-H', 'localhost:1,127.0.0.1:1', 'sh', '-c', 'exec ' + command], tmp=tmp_path)
+    _, errors = finish(process)
+    assert process.returncode != 0
+    assert 'error: --data holds other images on the hosts of the ranks 1 than on that' in errors

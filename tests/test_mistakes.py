@@ -174,6 +174,7 @@ def test_a_mistake_gets_one_line(failures, name):
     (['--fake', '--depth', '20'], ['invalid choice: 20', '18, 34, 50, 101']),
     (['--fake', '--batch', '0'], ['--batch must be positive, not 0']),
     (['--fake', '--queue-size', '-4'], ['--queue-size must be positive, not -4']),
+    (['--fake', '--stall-limit', '0'], ['--stall-limit must be positive, not 0.0']),
     (['--fake', '--crop-area', '0.5', '0.2'], ['--crop-area 0.5 0.2']),
     (['--fake', '--data', 'x'], ['either --data DIR or --fake']),
     (['--fake', '--cpus', '1-'], ['--cpus: 1- is not a list of cores like 0-3,8']),

@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ import zmq
 
 import data
 import zmq_ops
+from processes import is_alive, list_processes, read_status, wait_until
 
 SERVER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'serve-data.py')
 PHOTO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/coffee.jpg')
@@ -39,10 +41,12 @@ def folder(tmp_path):
 class Server:
     """A running server and what a trainer has of it."""
 
-    def __init__(self, address, flags):
+    def __init__(self, address, flags, lifeline=True):
         read, self.lifeline = os.pipe()
         self.address = address
-        command = [sys.executable, SERVER, '--address', address, '--lifeline', str(read)]
+        command = [sys.executable, SERVER, '--address', address]
+        if lifeline:
+            command += ['--lifeline', str(read)]
         self.process = subprocess.Popen(command + [str(flag) for flag in flags], pass_fds=[read],
                                         stderr=subprocess.PIPE, universal_newlines=True)
         os.close(read)
@@ -83,8 +87,7 @@ class Server:
 
     def workers(self):
         """Process ids of the workers."""
-        return [pid for pid in map(int, filter(str.isdigit, os.listdir('/proc')))
-                if (read_stat(pid) or [None, None])[1] == str(self.process.pid)]
+        return [pid for pid in list_processes() if read_status(pid)[1] == self.process.pid]
 
     def wait(self):
         """Wait for the end: (exit code, standard error)."""
@@ -99,11 +102,11 @@ class Server:
 
 @pytest.fixture
 def start(tmp_path):
-    """start(flag, ...) -> Server."""
+    """start(flag, ..., lifeline=True) -> Server."""
     servers = []
 
-    def start_server(*flags):
-        servers.append(Server(str(tmp_path / 'sockets{}'.format(len(servers))), flags))
+    def start_server(*flags, **kwargs):
+        servers.append(Server(str(tmp_path / 'sockets{}'.format(len(servers))), flags, **kwargs))
         return servers[-1]
     yield start_server
     for server in servers:
@@ -116,26 +119,6 @@ def start(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             server.process.kill()
         server.process.communicate()
-
-
-def read_stat(pid):
-    """State, parent's process id, ... of a process, or None."""
-    try:
-        with open('/proc/{}/stat'.format(pid)) as stat:
-            return stat.read().rsplit(')', 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def is_alive(pid):
-    return (read_stat(pid) or 'Z')[0] != 'Z'
-
-
-def wait_until(condition):
-    deadline = time.time() + PATIENCE
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.05)
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -503,12 +486,24 @@ def test_too_few_open_files(tmp_path):
     assert '66 open files are needed, but the limit is 60' in done.stderr
 
 
+def test_benchmark_tells_what_is_fed(folder):
+    output = subprocess.check_output(
+        [sys.executable, SERVER, '--benchmark', '--data', folder, '--task', 'moco-v2', '--batch',
+         '4', '--image-size', '16', '--workers', '2', '--ranks', '0,1', '--size', '2'],
+        universal_newlines=True, timeout=PATIENCE)
+    numbers = [float(n) for n in re.findall(r'\d+(?:\.\d+)?', output)]
+    rate, workers, _, _, _, limit, fed, ranks, images, minutes = numbers
+    assert (workers, ranks, images) == (2, 2, 13) and rate > 0 and limit > 0
+    assert fed == pytest.approx(rate / 2, abs=1)
+    assert minutes == pytest.approx(13 / rate / 60, abs=0.1)
+
+
 # --------------------------------------------------------------------------------------- the end
 
-def start_two_ranks(folder, start):
+def start_two_ranks(folder, start, **kwargs):
     """A server, most of whose workers wait for a pull, its workers, and its two connections."""
     server = start('--data', folder, '--task', 'moco-v2', '--batch', 4, '--image-size', 16,
-                   '--ranks', '0,1', '--size', 2, '--workers', 4)
+                   '--ranks', '0,1', '--size', 2, '--workers', 4, **kwargs)
     lines = [server.connect(), server.connect()]
     for line in lines:
         assert 'images' in json.loads(line.readline())
@@ -519,8 +514,8 @@ def start_two_ranks(folder, start):
 
 
 def assert_all_gone(server, workers):
-    wait_until(lambda: not any(map(is_alive, workers)))
-    wait_until(lambda: not os.path.exists(server.address))
+    wait_until(lambda: not any(map(is_alive, workers)), PATIENCE)
+    wait_until(lambda: not os.path.exists(server.address), PATIENCE)
 
 
 def test_a_killed_worker_ends_everything(folder, start):
@@ -557,12 +552,22 @@ def test_the_server_ends_with_its_lifeline(folder, start):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_everything(folder, start, number):
-    server, workers, lines = start_two_ranks(folder, start)
+    server, workers, lines = start_two_ranks(folder, start, lifeline=False)
     server.process.send_signal(number)
     message = 'the data server was ended by {}'.format(signal.Signals(number).name)
     assert [json.loads(line.readline()) for line in lines] == [{'error': message}] * 2
     assert server.wait()[0] == 128 + number
     assert_all_gone(server, workers)
+
+
+def test_with_a_lifeline_signals_end_nothing(folder, start):
+    server, workers, _ = start_two_ranks(folder, start)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for pid in [server.process.pid] + workers:
+            os.kill(pid, number)
+    # more than was ready before
+    server.pull_stream(1, 2, 20)
+    assert server.process.poll() is None and all(map(is_alive, workers))
 
 
 def test_workers_and_folder_go_with_a_killed_server(folder, start):

@@ -1,0 +1,101 @@
+"""Who is waited for is named: rounds of several ranks, by hand, in horovodrun's own store."""
+import pytest
+from horovod.runner.http.http_server import RendezvousServer
+
+from heartbeat import REFUSED, Heartbeat
+
+LIMIT, ROUNDS = 100, 20  # seconds; rounds in that time
+
+
+class Ranks:
+    """Ranks, each of which has begun steps[rank] steps."""
+
+    def __init__(self, size):
+        self._server = RendezvousServer()
+        self.steps = [0] * size
+        store = '127.0.0.1', self._server.start()
+        self._ranks = [
+            Heartbeat(rank, size, store, LIMIT, lambda rank=rank: self.steps[rank], None)
+            for rank in range(size)]
+
+    def do_rounds(self, count, living, steps=0):
+        """Rounds of the ranks that live, which begin so many steps in each.
+
+        Returns:
+            dict: rank -> reason to end, of those that have one.
+        """
+        for _ in range(count):
+            for rank in living:
+                self.steps[rank] += steps
+            reasons = {rank: self._ranks[rank].do_round() for rank in living}
+        return {rank: reason for rank, reason in reasons.items() if reason}
+
+    def stop_server(self):
+        if self._server:
+            self._server.stop()
+            self._server._httpd.server_close()
+        self._server = None
+
+
+@pytest.fixture
+def ranks():
+    ranks = Ranks(3)
+    yield ranks
+    ranks.stop_server()
+
+
+@pytest.mark.parametrize('steps', [0, 1, 50])
+def test_who_lives_is_not_named(ranks, steps):
+    assert ranks.do_rounds(5 * ROUNDS, [0, 1, 2], steps) == {}
+
+
+@pytest.mark.parametrize('lost, finders', [(2, [0, 1]), (1, [0, 2]), (0, [1, 2])])
+def test_a_silent_rank_is_named_by_all_others(ranks, lost, finders):
+    assert ranks.do_rounds(5, [0, 1, 2]) == {}
+    assert ranks.do_rounds(ROUNDS - 1, finders) == {}
+    reasons = ranks.do_rounds(5, finders)
+    assert set(reasons) == set(finders)
+    for reason in reasons.values():
+        assert reason.startswith('waited for rank {} (process '.format(lost))
+        assert reason.endswith('which has not been heard of for 100 s')
+
+
+def test_a_rank_that_never_came_is_named(ranks):
+    reasons = ranks.do_rounds(ROUNDS + 5, [0, 1])
+    assert set(reasons) == {0, 1} and 'waited for rank 2 (process ? on ?)' in reasons[1]
+
+
+@pytest.mark.parametrize('slow', [0, 1, 2])
+def test_a_rank_that_lives_but_does_not_go_on_is_named(ranks, slow):
+    assert ranks.do_rounds(5, [0, 1, 2], steps=1) == {}
+    for rank in {0, 1, 2} - {slow}:
+        ranks.steps[rank] += 1
+    assert ranks.do_rounds(ROUNDS, [0, 1, 2]) == {}
+    reasons = ranks.do_rounds(5, [0, 1, 2])
+    assert set(reasons) == {0, 1, 2}
+    for reason in reasons.values():
+        assert reason.startswith('waited for rank {} (process '.format(slow))
+        assert reason.endswith('which has not begun step 6 for 100 s')
+
+
+def test_a_slow_rank_that_goes_on_is_not_named(ranks):
+    ranks.steps[0] = ranks.steps[1] = 1000
+    for _ in range(5 * ROUNDS):
+        ranks.steps[2] += 1
+        assert ranks.do_rounds(1, [0, 1, 2]) == {}
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(ranks):
+    # time counts in rounds, of which there were none meanwhile
+    assert ranks.do_rounds(ROUNDS - 1, [0, 1, 2]) == {}
+    assert ranks.do_rounds(ROUNDS - 1, [0, 1, 2]) == {}
+
+
+def test_a_launcher_that_is_gone_is_named(ranks):
+    assert ranks.do_rounds(5, [0, 1, 2]) == {}
+    ranks.stop_server()
+    assert ranks.do_rounds(REFUSED - 1, [0, 1, 2]) == {}
+    reasons = ranks.do_rounds(1, [0, 1, 2])
+    assert set(reasons) == {0, 1, 2}
+    for reason in reasons.values():
+        assert reason.startswith('horovodrun cannot be reached at 127.0.0.1:')
