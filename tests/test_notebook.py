@@ -58,11 +58,13 @@ def test_the_rate_falls_once_an_epoch():
         rates, [0.06, 0.06, 0.03 * (1 + cosine), 0.03, 0.03 * (1 - cosine)], rtol=1e-3)
 
 
-def test_the_head_begins_as_pytorchs():
-    weights = notebook.initial_head(512, 0)
-    assert weights['linear0_128/W'].shape == (512, 128) and weights['linear0_128/b'].shape == (128,)
-    for values in weights.values():
-        assert 0.95 / 512 ** 0.5 < np.abs(values).max() < 1 / 512 ** 0.5
+def test_new_layers_begin_as_pytorchs():
+    weights = notebook.initial_weights(512, 0)
+    assert {name: values.shape for name, values in weights.items()} == {
+        'linear0_128/W': (512, 128), 'linear0_128/b': (128,), 'conv0/W': (3, 3, 3, 64)}
+    for name, values in weights.items():
+        bound = (27 if name == 'conv0/W' else 512) ** -0.5
+        assert 0.95 * bound < np.abs(values).max() < bound
 
 
 def test_views_of_the_notebook():
