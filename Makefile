@@ -28,6 +28,11 @@ test: env
 demo: env
 	@$(in_env) && python tools/demo.py
 
+# one file for all environments
+build/hue.so: hue.cc
+	@mkdir -p build
+	@$${CXX:-g++} -std=c++11 -O3 -Wall -fPIC -shared $< -o $@.$$$$.tmp && mv $@.$$$$.tmp $@
+
 clean:
-	@rm -rf .venv-tf1* .venv-tf2* zmq_ops/build .pytest_cache
+	@rm -rf .venv-tf1* .venv-tf2* build zmq_ops/build .pytest_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

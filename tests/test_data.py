@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 import data
+import references
 
 PHOTO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/coffee.jpg')
 
@@ -512,6 +513,33 @@ def test_hue(shift, expected):
     got = adjusted(data.adjust_hue, [[0, 0, 255], [0, 255, 0], [255, 0, 0], [77, 77, 77]], shift)
     # one of 256 steps of the circle is up to 6 of 255
     np.testing.assert_allclose(got, expected, atol=12)
+
+
+@pytest.mark.parametrize('steps', [0, 1, 43, 100, 128, 255])
+@pytest.mark.parametrize('count', [1, 7, 4096])
+def test_hue_against_float(steps, count):
+    image = np.random.RandomState(0).randint(0, 256, [1, count, 3]).astype(np.uint8)
+    image[0, 0] = 0, 255, 255  # two channels are the largest
+    turned = image.copy()
+    data.adjust_hue(turned, (steps + 0.5) / 255)  # cut to steps, which are 256ths then
+    expected = references.float_step('adjust_hue', image, steps / 256)
+    assert np.abs(turned - expected).max() < 0.75  # rounded once from eighths
+    assert steps or (turned == image).all()
+
+
+def test_hue_needs_a_contiguous_image():
+    with pytest.raises(ValueError, match='contiguous'):
+        data.adjust_hue(np.zeros([4, 4, 3], np.uint8)[:, ::2], 0.1)
+
+
+def test_hue_that_is_not_built(monkeypatch, tmp_path):
+    for content in (None, b'not a library'):
+        if content:
+            (tmp_path / 'hue.so').write_bytes(content)
+        monkeypatch.setattr(data, 'HUE', str(tmp_path / 'hue.so'))
+        data.load_hue.cache_clear()
+        with pytest.raises(data.DataError, match='hue.cc is not built.*make env.*hue.so'):
+            data.load_hue()
 
 
 def test_gray_and_flip():
