@@ -291,8 +291,9 @@ class Test:
         seconds = self.chance.uniform(0, self.startup if early else MOMENTS)
         job = self.start()
         try:
-            if not early:
-                job.wait(lambda: newest_step(self.logdir) > before, PATIENCE)
+            # horovodrun may lose a signal that comes before it has started a rank
+            job.wait((lambda: 'trainer' in job.victims()) if early else
+                     (lambda: newest_step(self.logdir) > before), PATIENCE)
             faults = [] if early or not self.has_resume_file() else ['resume-me is still there']
             job.wait(lambda: False, seconds)
             name, pid, signum = choose_victim(job, self.chance)
