@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -153,6 +154,16 @@ def test_a_killed_worker_is_named(ends):
 @pytest.mark.parametrize('name', ['SIGTERM to a rank', 'rank killed', 'horovodrun killed'])
 def test_nothing_is_left_of_two_ranks(ends, name):
     assert ends[name][0] != 0
+
+
+@pytest.mark.parametrize('script, handler', [
+    ('main_moco.py', 'Handlers.SIG_DFL'), (os.path.join('tests', 'main_moco.py'), 'default_int')])
+def test_ctrl_c_ends_a_script_that_is_loading_libraries(script, handler):
+    # what imports a script, as pytest does, keeps Python's own way
+    code = 'import sys, signal; sys.argv[0] = {!r}; import environment; ' \
+        'print(signal.getsignal(signal.SIGINT))'.format(os.path.join(ROOT, script))
+    assert handler in subprocess.check_output(
+        [sys.executable, '-c', code], cwd=ROOT, universal_newlines=True)
 
 
 def test_waiting_for_data_is_seen(images):
