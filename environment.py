@@ -5,7 +5,9 @@ scripts import it before anything else. Ctrl-C then ends a script at once until 
 its own: as a KeyboardInterrupt, one in ten was lost in libraries that were being loaded.
 """
 import argparse
+import contextlib
 import os
+import resource
 import signal
 import sys
 
@@ -45,24 +47,56 @@ def find_cpus(argv):
         return None
 
 
-def num_cores(cores=None):
+def num_cores(cores=None, root='/sys/fs/cgroup', groups='/proc/self/cgroup'):
     """How many of the given cores (of those that it runs on) this process may use at once: the
-    quota of its control group may be less."""
-    cores = len(cores or os.sched_getaffinity(0))
-    try:
-        with open('/sys/fs/cgroup/cpu.max') as version2:
-            quota, period = version2.read().split()
-    except (OSError, ValueError):
-        try:
-            with open('/sys/fs/cgroup/cpu/cpu.cfs_quota_us') as version1:
-                quota = version1.read().strip()
-            with open('/sys/fs/cgroup/cpu/cpu.cfs_period_us') as version1:
-                period = version1.read().strip()
-        except OSError:
-            return cores
-    if quota in ('max', '-1'):
-        return cores
-    return max(1, min(cores, round(int(quota) / int(period))))
+    quota of its control group, or of one around that, may be less."""
+    number = len(cores or os.sched_getaffinity(0))
+    for folder in control_groups(root, groups):
+        for read in (read_quota, read_quota_v1):
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = read(folder)
+                if quota > 0:  # v1 has -1 for none
+                    number = min(number, round(quota / period))
+    return max(1, number)
+
+
+def control_groups(root, groups):
+    """Folders of the control groups that this process is in, up to the outermost."""
+    found = [root, os.path.join(root, 'cpu')]  # all that is seen inside a container
+    with contextlib.suppress(OSError), open(groups) as lines:
+        for _, controllers, path in (line.rstrip('\n').split(':', 2) for line in lines):
+            if controllers == '' or 'cpu' in controllers.split(','):
+                parts = path.strip('/').split('/')
+                found += [os.path.join(root, 'cpu' if controllers else '', *parts[:i])
+                          for i in range(1, len(parts) + 1)]
+    return found
+
+
+def read_quota(folder):
+    """Version 2: (microseconds, in which time); ValueError if there is no limit."""
+    with open(os.path.join(folder, 'cpu.max')) as file:
+        quota, period = map(int, file.read().split())
+    return quota, period
+
+
+def read_quota_v1(folder):
+    with open(os.path.join(folder, 'cpu.cfs_quota_us')) as quota, open(
+            os.path.join(folder, 'cpu.cfs_period_us')) as period:
+        return int(quota.read()), int(period.read())
+
+
+def allow_open_files(needed):
+    """Raise the soft limit of open files to what is needed.
+
+    Raises:
+        ValueError: the hard limit is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError('{} open files are needed, but the limit is {}: '
+                         'raise it with ulimit -n'.format(needed, hard))
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def num_threads():

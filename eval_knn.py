@@ -18,6 +18,7 @@ import argparse
 import glob
 import json
 import os
+import re
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -26,6 +27,7 @@ from tensorpack.callbacks import Callback
 from tensorpack.utils import logger
 
 import data
+import heartbeat
 import launch
 import resnet
 
@@ -181,6 +183,7 @@ class Gather:
         self._output = hvd.allgather(self._input)
 
     def __call__(self, sess, values):
+        heartbeat.meet()
         return values if hvd.size() == 1 else sess.run(self._output, {self._input: values})
 
 
@@ -219,11 +222,25 @@ def check_data(root):
 def list_checkpoints(folder):
     """Every checkpoint of a folder, oldest first."""
     paths = [path[:-len('.index')]
-             for path in glob.glob(os.path.join(glob.escape(folder), 'model-*.index'))]
+             for path in glob.glob(os.path.join(glob.escape(folder), 'model-*.index'))
+             if re.search(r'model-\d+\.index$', path)]
     if not paths:
         raise resnet.WeightsError(
             '{}: this folder holds no checkpoint (model-*.index)'.format(folder))
     return sorted(paths, key=lambda path: int(path.rsplit('-', 1)[1]))
+
+
+def check_writable(paths):
+    """Raise data.DataError unless rank 0 can write there; paths may be None."""
+    for path in paths if hvd.rank() == 0 else []:
+        try:
+            if path:
+                open(path, 'a').close()
+                if not os.path.getsize(path):
+                    os.remove(path)
+        except OSError as error:
+            raise data.DataError('{}: cannot be written: {} (--out says where the result goes)'
+                                 .format(path, error.strerror))
 
 
 def head_dims(path):
@@ -259,8 +276,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.load) == args.pixels:
         parser.error('give either --load FILE or --pixels')
-    if args.k <= 0 or args.batch <= 0 or args.stall_limit <= 0:
-        parser.error('--k, --batch and --stall-limit must be positive')
+    for name in ('k', 'knn_temp', 'batch', 'image_size', 'width', 'workers', 'stall_limit'):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error('--{} must be positive, not {}'.format(name.replace('_', '-'), value))
+    if args.pixels and (args.head or args.all):
+        parser.error('--pixels has neither --head nor --all')
+    if args.out and args.all:
+        parser.error('--out is one file: --all writes one next to each checkpoint')
     return args
 
 
@@ -271,6 +294,9 @@ def main(args):
         paths = ([None] if args.pixels else list_checkpoints(args.load) if args.all
                  else [resnet.find_checkpoint(args.load)])
         dims = head_dims(paths[0]) if args.head else []
+        outs = [args.out or (path and path + ('.head' if args.head else '') + '.knn.json')
+                for path in paths]
+        check_writable(outs)
     except (resnet.WeightsError, data.DataError) as error:
         launch.fail(error)
 
@@ -289,7 +315,7 @@ def main(args):
     config = launch.session_config(threads, gpu)
     with tf.Session(config=config) as sess:
         ending.session = sess
-        for path in paths:
+        for path, out in zip(paths, outs):
             if path is not None:
                 try:
                     weights = resnet.load_weights(
@@ -309,7 +335,6 @@ def main(args):
                     '{load}: kNN top-1 {knn_top1:.2f} % (plain vote {knn_top1_plain:.2f} %), '
                     '{images} images by {bank}, {features} features, k {k}, t {temp}'
                     .format(**result))
-                out = args.out or (path and path + ('.head' if args.head else '') + '.knn.json')
                 if out:
                     with open(out, 'w') as f:
                         json.dump(result, f, indent=1)

@@ -1,10 +1,13 @@
 """Which rank does a job wait for? Every rank says again and again that it lives, and rank 0 looks.
 
 A rank that stops, or whose host is lost, leaves the others in a collective, which neither ends soon
-nor says for whom it waits. So a thread of each rank writes [beat, step, process id, host] into the
-key-value store that horovodrun keeps for the ranks to find each other. Rank 0 reads them all, and
-writes down its verdict if one of them is silent, or behind in steps, for too long; the others read
-that, and rank 0's beat.
+nor says for whom it waits. So a thread of each rank writes [beat, progress, process id, host] into
+the key-value store that horovodrun keeps for the ranks to find each other. Rank 0 reads them all,
+and writes down its verdict if one of them is silent, or behind, for too long; the others read that,
+and rank 0's beat.
+
+A rank is behind if it has come to fewer meetings than another, and does nothing else either. All
+ranks come to the same ones, in the same order: training steps, and whatever else is a collective.
 
 Time is counted in rounds of the reader's own thread, so that a job that was stopped as a whole (a
 laptop that slept, say) goes on.
@@ -18,6 +21,21 @@ import time
 
 REFUSED = 3  # rounds in which horovodrun refuses connections until it counts as gone
 SCOPE = '/moco/'  # of the keys: a rank's number, and "verdict"
+_progress = [0, 0]  # of this process: meetings that it has come to, and pieces of work between them
+
+
+def meet():
+    """To be called before waiting for all other ranks."""
+    _progress[0] += 1
+
+
+def work():
+    """To be called by who does more before the next meeting than others may want to wait for."""
+    _progress[1] += 1
+
+
+def progress():
+    return list(_progress)
 
 
 class Heartbeat:
@@ -27,17 +45,18 @@ class Heartbeat:
         rank, size: of this rank, and the number of ranks.
         store: (host, port) of the key-value store.
         limit: seconds that a rank may be silent, or behind the others.
-        step: a function that returns how many steps this rank has begun.
+        progress: a function that returns [meetings, pieces of work] of this rank.
         end: what to call with the reason to end.
     """
 
-    def __init__(self, rank, size, store, limit, step, end):
+    def __init__(self, rank, size, store, limit, progress, end):
         self._rank, self._size, self._store, self._limit = rank, size, store, limit
-        self._step, self._end = step, end
+        self._progress, self._end = progress, end
         self._interval = min(5., limit / 20)  # seconds between two rounds
         self._rounds = int(limit / self._interval)
-        self._beats = {}  # rank: what it wrote last, [beat, step, process id, host]
-        self._steps = {}  # rank: those it had begun a round ago
+        self._timeout = max(2., self._interval)  # of a request, in seconds
+        self._beats = {}  # rank: what it wrote last, [beat, progress, process id, host]
+        self._before = {}  # rank: its progress a round ago
         self._silent, self._behind = {}, {}  # rank: for how many rounds
         self._beat = self._unreachable = 0
 
@@ -60,7 +79,7 @@ class Heartbeat:
             The reason to end, or None.
         """
         self._beat += 1
-        mine = [self._beat, self._step(), os.getpid(), socket.gethostname()]
+        mine = [self._beat, self._progress(), os.getpid(), socket.gethostname()]
         self._beats[self._rank] = mine
         try:
             self._request('PUT', self._rank, mine)
@@ -69,6 +88,8 @@ class Heartbeat:
             return reason
         except ConnectionRefusedError:
             self._unreachable += self._rounds / REFUSED
+        except socket.timeout:
+            self._unreachable += 1 + self._timeout / self._interval
         except (OSError, http.client.HTTPException, ValueError):
             self._unreachable += 1
         if self._unreachable >= self._rounds:
@@ -77,7 +98,7 @@ class Heartbeat:
 
     def _request(self, method, key, value=None):
         """Write or read a value of the store; what is not there is read as None."""
-        connection = http.client.HTTPConnection(*self._store, timeout=max(2., self._interval))
+        connection = http.client.HTTPConnection(*self._store, timeout=self._timeout)
         try:
             connection.request(method, SCOPE + str(key),
                                None if value is None else json.dumps(value))
@@ -96,20 +117,20 @@ class Heartbeat:
         """Rank 0: for whom the others wait, or None."""
         for rank in range(1, self._size):
             self._listen_to(rank)
-        steps = {rank: beat[1] if beat else 0 for rank, beat in self._beats.items()}
-        latest = max(steps.values())
-        for rank, step in steps.items():
-            # a beat is some seconds old: the steps of a rank that keeps up grow all the same
-            waits = step < latest and step == self._steps.get(rank)
+        now = {rank: beat[1] if beat else [0, 0] for rank, beat in self._beats.items()}
+        latest = max(meetings for meetings, _ in now.values())
+        for rank, progress in now.items():
+            # a beat is some seconds old: the progress of a rank that keeps up grows all the same
+            waits = progress[0] < latest and progress == self._before.get(rank)
             self._behind[rank] = self._behind.get(rank, 0) + 1 if waits else 0
-        self._steps = steps
+        self._before = now
         silent = [rank for rank, rounds in self._silent.items() if rounds > self._rounds]
         # who is silent is behind too, which says less
         behind = [rank for rank, rounds in self._behind.items() if rounds > self._rounds + 2]
         if not silent and not behind:
             return None
         verdict = self._describe((silent + behind)[0], 'has not been heard of' if silent else
-                                 'has not begun step {}'.format(latest))
+                                 'lives, but has not got as far as others')
         self._request('PUT', 'verdict', verdict)
         return verdict
 

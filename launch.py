@@ -59,26 +59,28 @@ def begin(stall_limit=STALL_LIMIT):
         os.environ.setdefault('HOROVOD_CYCLE_TIME', '5')
     # Gloo gives up after 30 s, and names nobody: the heartbeat is to come first
     os.environ.setdefault('HOROVOD_GLOO_TIMEOUT_SECONDS', str(int(2 * stall_limit) + 60))
+    ending = Ending(stall_limit)
+    ending.watch_signals()
+    watched = watch_ranks(ending)
+    heartbeat.meet()
     hvd.init()
     if hvd.rank() != 0:
         logger.setLevel(logging.ERROR)  # all ranks would say the same
-    ending = Ending(stall_limit)
-    ending.watch_signals()
-    watch_ranks(ending)
+    elif hvd.size() > 1 and not watched:
+        logger.warn('not started by horovodrun with Gloo: a rank that stops will not be named')
     return environment.num_threads(), ending, gpu
 
 
 def watch_ranks(ending):
-    """Begin to watch the other ranks, if horovodrun has left its key-value store's address."""
-    address = os.environ.get('HOROVOD_GLOO_RENDEZVOUS_ADDR')
-    if hvd.size() == 1:
-        return
+    """Begin to watch the other ranks, which may never come to hvd.init(), if horovodrun has left
+    its key-value store's address; returns whether it has."""
+    names = ['RANK', 'SIZE', 'GLOO_RENDEZVOUS_PORT', 'GLOO_RENDEZVOUS_ADDR']
+    rank, size, port, address = (os.environ.get('HOROVOD_' + name) for name in names)
     if address is None:
-        logger.warn('not started by horovodrun with Gloo: a rank that stops will not be named')
-        return
-    store = address, int(os.environ['HOROVOD_GLOO_RENDEZVOUS_PORT'])
-    heartbeat.Heartbeat(hvd.rank(), hvd.size(), store, ending.stall_limit,
-                        lambda: ending.steps_begun, ending.end).start()
+        return False
+    heartbeat.Heartbeat(int(rank), int(size), (address, int(port)), ending.stall_limit,
+                        heartbeat.progress, ending.end).start()
+    return True
 
 
 def add_arguments(group, compiled):
@@ -137,16 +139,24 @@ def session_config(threads, gpu=False, amp=False):
 
 
 def fail(message=None):
-    """End this rank with one line on standard error (None: it has been said); other ranks,
-    which fail alike, are silent."""
-    if hvd.is_initialized() and hvd.rank() != 0:
-        # horovodrun ends everyone when the first one goes: let it be rank 0, which explains
-        time.sleep(3)
-        os._exit(1)
+    """End this rank with one line on standard error (None: it has been said)."""
+    rank = this_rank()
+    if rank != 0:
+        # If all fail alike, rank 0 says why: horovodrun ends everyone when the first one goes. Who
+        # is still here has a reason of its own.
+        time.sleep(5)
     if message is not None:
-        print('{}: error: {}'.format(os.path.basename(sys.argv[0]), message),
+        print('{}: error: {}{}'.format(os.path.basename(sys.argv[0]), message,
+                                       ' (rank {})'.format(rank) if rank else ''),
               file=sys.stderr, flush=True)
+    if rank != 0:
+        os._exit(1)
     sys.exit(1)
+
+
+def this_rank():
+    """The rank, also where Horovod does not tell: before it starts and after it has ended."""
+    return int(os.environ.get('HOROVOD_RANK', 0))
 
 
 class Ending:
@@ -159,7 +169,7 @@ class Ending:
 
     Attributes:
         stall_limit: seconds, for whoever waits.
-        steps_begun: by this rank, for its heartbeat.
+        steps_begun: the training step that is under way, or was the last one.
         resumable: where training is: in a 'step', 'writing' a checkpoint, or behind it, so that a
             'checkpoint' of the last step is there (while it evaluates, say); None outside training.
         marker: where rank 0 says that the run is to be continued, or None.
@@ -170,7 +180,8 @@ class Ending:
     def __init__(self, stall_limit=STALL_LIMIT):
         self.stall_limit = stall_limit
         self.reason = self.asked = self.session = self.resumable = self.marker = None
-        self.code, self.steps_begun, self._overdue = 1, 0, False
+        self.code, self.steps_begun = 1, 0
+        self._overdue = self._unmarked = False
         self._lock = threading.Lock()
 
     def watch_signals(self):
@@ -205,8 +216,8 @@ class Ending:
             if self.resumable == 'checkpoint':
                 self.end_to_resume()
             elif self.resumable == 'step':
-                self.end('stopped by {}, and no step ended within {} s'.format(
-                    name, self.GRACE), 128 + number)
+                self.end_to_resume('stopped by {}, with no time for a checkpoint: the same command '
+                                   'continues from the last one'.format(name))
         timer = threading.Timer(self.GRACE, give_up)
         timer.daemon = True
         timer.start()
@@ -218,15 +229,24 @@ class Ending:
             self.end_to_resume()
             raise SystemExit(self.code)
 
-    def end_to_resume(self):
-        """End with a checkpoint, saying that the run is to be continued."""
-        by = signal.Signals(self.asked).name if self.asked else 'a signal to another rank'
-        reason = 'stopped by {} after step {}: the same command continues'.format(
-            by, self.steps_begun)
+    def end_to_resume(self, reason=None):
+        """End, saying that the run is to be continued; without a reason, from this step on."""
+        if reason is None:
+            reason = 'stopped by {} after step {}: the same command continues'.format(
+                signal.Signals(self.asked).name if self.asked else 'a signal to another rank',
+                self.steps_begun)
         if self.marker and self.reason is None:
-            with open(self.marker, 'w') as f:
-                f.write(reason + '\n')
+            with contextlib.suppress(OSError):  # a full disk
+                with open(self.marker, 'w') as f:
+                    f.write(reason + '\n')
         self.end(reason, self.RESUME, grace=1)  # all has been written
+
+    def unmark(self):
+        """This run has got further than the one that was asked to end."""
+        if self.marker and self.asked is None and not self._unmarked:
+            self._unmarked = True
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.marker)
 
     def end(self, reason, code=1, said=False, grace=GRACE):
         """Say why, unless it has been said, close the session, and let the main thread go within
@@ -235,12 +255,12 @@ class Ending:
             if self.reason is not None:
                 return
             self.reason, self.code = reason, code
-        if not said:
-            with contextlib.suppress(OSError):  # horovodrun, who reads it, may be gone
-                print('rank {}: {}'.format(hvd.rank(), reason), file=sys.stderr, flush=True)
         timer = threading.Timer(grace, os._exit, [code])
         timer.daemon = True
-        timer.start()
+        timer.start()  # first: whoever reads standard error may have stopped
+        if not said:
+            with contextlib.suppress(OSError):  # horovodrun, who reads it, may be gone
+                print('rank {}: {}'.format(this_rank(), reason), file=sys.stderr, flush=True)
         if self.session is not None:
             self.session.close()
 
@@ -266,6 +286,7 @@ def broadcast(integers):
     """Give every rank rank 0's list of integers, before there is a session to train in."""
     if hvd.size() == 1:
         return integers
+    heartbeat.meet()
     with tf.Graph().as_default(), tf.Session(config=session_config(1)) as sess:
         try:
             return sess.run(hvd.broadcast(tf.constant(integers, tf.int64), root_rank=0)).tolist()
@@ -275,6 +296,7 @@ def broadcast(integers):
 
 def gather(integers):
     """Give every rank the lists of all: [ranks, length], before there is a session to train in."""
+    heartbeat.meet()
     with tf.Graph().as_default(), tf.Session(config=session_config(1)) as sess:
         try:
             return sess.run(hvd.allgather(tf.constant([integers], tf.int64))).tolist()
@@ -319,6 +341,10 @@ class DataServer:
         self.folder, self.ending = '{}-{}'.format(folder, first), ending
         num_workers = num_workers or environment.num_cores(environment.CPUS)
         self.workers_per_rank = -(-num_workers // local_size)
+        try:  # what libraries and three servers (of online kNN, too) need
+            environment.allow_open_files(256 + 3 * 2 * self.workers_per_rank)
+        except ValueError as error:
+            fail(error)
         options = dict(options, address=self.folder, workers=self.workers_per_rank * local_size,
                        size=hvd.size(), ranks=','.join(str(first + i) for i in range(local_size)))
         self._command = [sys.executable, os.path.join(HERE, 'serve-data.py')]
@@ -351,6 +377,8 @@ class DataServer:
             self._process = subprocess.Popen(
                 self._command + ['--start-batch', str(start_batch), '--lifeline', str(read)],
                 pass_fds=[read], stdin=subprocess.DEVNULL)
+            if '--quiet' not in self._command:
+                self._command.append('--quiet')  # should it start again, for another pass
             subprocess.check_call(['setsid', '--fork', 'sh', '-c', CLEAN_UP, self.folder],
                                   stdin=read)
             os.close(read)
@@ -457,6 +485,7 @@ class BoundedPass:
             # so that the next run begins with worker 0 again
             with self._server.ending.explain('evaluation'):
                 result = sess.run(fetches if i < batches else self.labels)
+            heartbeat.work()
             if i < batches:
                 yield result
         self._server.stop()

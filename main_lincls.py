@@ -21,6 +21,7 @@ from tensorpack.callbacks import Callback
 from tensorpack.utils import logger
 
 import eval_knn
+import heartbeat
 import launch
 import resnet
 import training
@@ -101,6 +102,7 @@ class Validate(Callback):
 
     def _trigger_epoch(self):
         counts = np.sum(list(self._pass.run(self.trainer.sess, self._correct)), axis=0)
+        heartbeat.meet()
         top1, top5, images = self.trainer.sess.run(self._total, {self._counts: counts})
         self.trainer.monitors.put_scalar('val_top1', 100. * top1 / images)
         self.trainer.monitors.put_scalar('val_top5', 100. * top5 / images)
@@ -187,7 +189,8 @@ def parse_args(argv=None):
 def main(args):
     threads, ending, gpu = launch.begin(args.stall_limit)
     try:
-        path = resnet.find_checkpoint(args.load)
+        # read by rank 0, from which the others get all variables
+        path = resnet.find_checkpoint(args.load) if hvd.rank() == 0 else None
         batch_size = training.divide_batch(args.batch, hvd.size())
         eval_knn.check_data(args.data)
         training.open_logdir(args.logdir)
@@ -220,7 +223,7 @@ def main(args):
             facts['images'], facts['classes'], args.batch, hvd.size(), batch_size,
             steps_per_epoch, args.lr * args.batch / 256))
     try:
-        backbone = resnet.load_weights(path, resnet.is_backbone)
+        backbone = resnet.load_weights(path, resnet.is_backbone) if hvd.rank() == 0 else {}
     except resnet.WeightsError as error:
         launch.fail(error)
     logger.info('{} backbone variables from {}'.format(len(backbone), path))

@@ -153,7 +153,8 @@ class MOCOModel(ModelDesc):
     def push_queue(self, queue, queue_ptr, keys):
         """Replace the oldest keys by keys [N, C] of all ranks."""
         N = self.batch_size * hvd.size()
-        rows = queue_ptr.read_value() + tf.range(N, dtype=tf.int64)  # [N]
+        # a queue that was filled by another N may end in the middle of them
+        rows = (queue_ptr.read_value() + tf.range(N, dtype=tf.int64)) % self.K  # [N]
         pushed = tf.scatter_update(queue, rows, keys)
         with tf.control_dependencies([pushed]):
             return [queue_ptr.assign((rows[-1] + 1) % self.K).op]
@@ -309,7 +310,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.data) == args.fake:
         parser.error('give either --data DIR or --fake')
-    training.check_arguments(parser, args, 'queue_size', 'bn_splits')
+    if args.fake and args.knn_every:
+        parser.error('--knn-every needs --data')
+    training.check_arguments(parser, args, 'queue_size', 'bn_splits', 'temp')
     return args
 
 
@@ -369,12 +372,12 @@ def main(args):
             num_images, args.batch, hvd.size(), batch_size, batch_size // args.bn_splits,
             steps_per_epoch, peak))
 
-    # where to start
+    # where to start: rank 0, from which the others get all variables
     try:
         if checkpoint:
             start = training.Resume(checkpoint)
             logger.info('continuing {} after step {}'.format(checkpoint, steps_done))
-        elif args.load:
+        elif args.load and hvd.rank() == 0:
             start = training.Assign(resnet.load_weights(args.load, resnet.is_model))
         else:
             start = training.Assign({}, model.copy_to_key_encoder())

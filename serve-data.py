@@ -25,12 +25,11 @@ pass, --task eval, too), and when a worker dies. SIGTERM and SIGINT end it if it
 cluster sends them to all processes of a job, and the trainer wants data until it has ended its last
 step. The server takes its workers and ADDRESS along, and they go too if it is killed.
 """
-import environment  # noqa: F401, I001  before all that reads it
+import environment  # noqa: I001  before all that reads it
 import argparse
 import itertools
 import json
 import os
-import resource
 import select
 import selectors
 import signal
@@ -83,6 +82,8 @@ def parse_args(argv):
                         help='number of the first batch, to resume')
     parser.add_argument('--lifeline', type=int, metavar='FD',
                         help='read end of a pipe; the server ends when its write end is closed')
+    parser.add_argument('--quiet', action='store_true',
+                        help='do not name unreadable images: an earlier pass has')
     parser.add_argument('--benchmark', action='store_true',
                         help='measure for {} seconds how many images per second it serves'.format(
                             BENCHMARK_SECONDS))
@@ -198,7 +199,9 @@ def serve(args, address, lifeline=None):
     Returns:
         int: exit code.
     """
-    server = Server(address, args.ranks, -(-args.workers // len(args.ranks)))
+    # of a bounded pass, this host has its share of the images, else sooner or later all
+    share = len(args.ranks) / args.size if args.task == 'eval' else 1
+    server = Server(address, args.ranks, -(-args.workers // len(args.ranks)), share, args.quiet)
     try:
         server.open(lifeline)
         images = server.wait_for(lambda: list_images(args))
@@ -235,10 +238,13 @@ class Server:
         address: the folder.
         ranks: list of the global ranks on this host.
         workers_per_rank: number of workers of each.
+        share: the part of all images that they read.
+        quiet: whether unreadable images are only counted.
     """
 
-    def __init__(self, address, ranks, workers_per_rank):
+    def __init__(self, address, ranks, workers_per_rank, share, quiet):
         self.address, self.ranks, self.workers_per_rank = address, ranks, workers_per_rank
+        self._share, self._quiet = share, quiet
         self.images = None
         self._names = [(rank, i) for rank in ranks for i in range(workers_per_rank)]
         self._workers = {}  # pid: (rank, number)
@@ -263,7 +269,10 @@ class Server:
             raise data.DataError('the path of a socket can have {} bytes, but {} has {}: '
                                  'choose a shorter folder (TMPDIR)'.format(
                                      MAX_SOCKET_PATH, longest, len(os.fsencode(longest))))
-        allow_open_files(64 + 2 * len(self.ranks))
+        try:
+            environment.allow_open_files(64 + 2 * len(self.ranks))
+        except ValueError as error:
+            raise data.DataError(str(error))
 
         # the folder, which only this user can enter
         try:
@@ -390,11 +399,13 @@ class Server:
             return
         self._unreadable.add(index)
         paths, count = self.images.paths, len(self._unreadable)
-        print('serve-data: cannot read {} (number {}); the next image takes its place'.format(
-            paths[index], count), file=sys.stderr, flush=True)
-        if count >= 2 and count > len(paths) / 100:
+        if not self._quiet:
+            print('serve-data: cannot read {} (number {}); the next image takes its place'.format(
+                paths[index], count), file=sys.stderr, flush=True)
+        images = round(self._share * len(paths))
+        if count >= 2 and count > images / 100:
             raise Stop(1, '{} of {} images, more than 1 %, cannot be read: {}'.format(
-                count, len(paths), ', '.join(paths[i] for i in sorted(self._unreadable)[:10])))
+                count, images, ', '.join(paths[i] for i in sorted(self._unreadable)[:10])))
 
     def _check_workers(self):
         """Look for workers that have ended."""
@@ -507,20 +518,6 @@ class Server:
             os.rmdir(self.address)
         except OSError:
             pass
-
-
-def allow_open_files(needed):
-    """Raise the soft limit of open files to what is needed.
-
-    Raises:
-        data.DataError: the hard limit is too low.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise data.DataError('{} open files are needed, but the limit is {}: '
-                             'raise it with ulimit -n'.format(needed, hard))
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 # -------------------------------------------------------------------------------------- benchmark

@@ -1,6 +1,7 @@
 """What both training scripts share: a Horovod trainer with an ordered step, and its callbacks."""
 import contextlib
 import functools
+import glob
 import math
 import operator
 import os
@@ -22,11 +23,13 @@ from tensorpack.train import HorovodTrainer
 from tensorpack.utils import logger
 
 import checkpoints
+import heartbeat
 import launch
 import resnet
 import zmq_ops
 
 MARKER = 'resume-me'  # file in the log folder of a run that was asked to stop
+STOPPED = 'stopped'  # in stats.json: that was not a whole epoch, or one without evaluation
 TELL = 60  # seconds between two lines about a long epoch
 
 
@@ -76,17 +79,24 @@ class Trainer(HorovodTrainer):
         super().initialize(session_creator, session_init)
         self._ending.session = self.sess
 
+    def broadcast(self, _):
+        heartbeat.meet()
+        super().broadcast(_)
+
     def run_step(self):
+        heartbeat.meet()
         self._ending.steps_begun, self._ending.resumable = self.global_step + 1, 'step'
         with self._ending.explain('step {}'.format(self._ending.steps_begun)):
             _, stop = self.hooked_sess.run(
                 [self.train_op, self._any_asked], {self._asked: bool(self._ending.asked)})
+        self._ending.unmark()
         if stop:
             self._stop()
 
     def _stop(self):
         """Write what belongs to the end of an epoch, but do not evaluate: there are seconds."""
         self._ending.resumable = 'writing'
+        self.monitors.put_scalar(STOPPED, 1)
         for callback in self._callbacks.cbs:
             if isinstance(callback, Save):
                 callback.trigger()
@@ -112,10 +122,9 @@ class Trainer(HorovodTrainer):
         """
         monitors = [TFEventWriter(), Statistics(), ScalarPrinter()] if hvd.rank() == 0 else []
         epochs_done = count_epochs(steps_per_epoch, steps_done, max_steps)
+        self._ending.steps_begun = steps_done
         if hvd.rank() == 0:
             self._ending.marker = os.path.join(logger.get_logger_dir(), MARKER)
-            if os.path.exists(self._ending.marker):
-                os.remove(self._ending.marker)
         try:
             with self._ending.explain('training'):
                 self.train_with_defaults(
@@ -130,6 +139,7 @@ class Trainer(HorovodTrainer):
             launch.fail(error)
         self._ending.resumable = None
         self._ending.exit_if_ended()
+        self._ending.unmark()
 
 
 @contextlib.contextmanager
@@ -417,7 +427,9 @@ def add_arguments(group, epochs, crop_area):
 
 def check_arguments(parser, args, *positive):
     """End with an error unless what is given with all trainings' flags, and `positive`, can be."""
-    for name in ('batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit') + positive:
+    for name in (
+            'batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit', 'width',
+            'image_size') + positive:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error('--{} must be positive, not {}'.format(
                 name.replace('_', '-'), getattr(args, name)))
@@ -446,11 +458,12 @@ def count_steps(args, images):
 
 def count_epochs(steps_per_epoch, steps_done, max_steps):
     """How many epochs have been done to their very end, evaluation included, by a run that is
-    continued: its stats.json has them."""
+    continued: its stats.json has them, and does not say that it was stopped."""
     if steps_done % steps_per_epoch and steps_done < max_steps:
         return steps_done // steps_per_epoch
     complete, = launch.broadcast([int(hvd.rank() == 0 and any(
-        epoch['global_step'] == steps_done for epoch in read_statistics()))])
+        epoch['global_step'] == steps_done and STOPPED not in epoch
+        for epoch in read_statistics()))])
     return max(0, math.ceil(steps_done / steps_per_epoch) - (not complete))
 
 
@@ -477,7 +490,8 @@ def find_resume(logdir):
     """What a log folder has to continue from, as rank 0 sees it: its folder may be on another host.
 
     Returns:
-        (path of the newest checkpoint or None, steps done by it).
+        (path of the newest checkpoint or None, steps done by it). The path is for rank 0, from
+        which the others get all variables.
 
     Raises:
         resnet.WeightsError: the checkpoint is not of a run.
@@ -506,4 +520,6 @@ def open_logdir(logdir):
         os.remove(probe)
     except OSError as error:
         launch.fail('--logdir {}: cannot be written: {}'.format(logdir, error.strerror))
+    for path in glob.glob(os.path.join(glob.escape(logdir), 'model-*.tempstate*')):
+        os.remove(path)  # of a checkpoint that was being written when a run was killed
     logger.set_logger_dir(logdir, action='k')

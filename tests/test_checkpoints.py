@@ -63,8 +63,10 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(flags, tmp_path):
         assert step == 0 or 'after step {}'.format(step) in output
         assert newest_step(logdir) in (step + 1, step + 2)
         step = newest_step(logdir)
+    (logdir / 'model-9.data-00000-of-00001.tempstate123').write_text('half of a checkpoint')
     output, _ = run('main_moco.py', *flags, '--max-steps', step + 1, '--logdir', logdir)
     assert 'after step {}'.format(step) in output and newest_step(logdir) == step + 1
+    assert not list(logdir.glob('*tempstate*'))
 
 
 def can_mount():

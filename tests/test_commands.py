@@ -211,6 +211,25 @@ def test_knn_of_pixels(images, tmp_path):
 
 # ---- threads
 
+@pytest.mark.parametrize('files, cores', [
+    ({}, 8),
+    ({'cpu.max': 'max 100000'}, 8),
+    ({'cpu.max': '250000 100000'}, 2),  # seen inside a container
+    ({'a/b/cpu.max': '100000 100000', 'a/cpu.max': '400000 100000'}, 1),
+    ({'a/b/cpu.max': 'max 100000', 'a/cpu.max': '400000 100000'}, 4),
+    ({'a/b/cpu.max': '1000 100000'}, 1),
+    ({'cpu/cpu.cfs_quota_us': '300000', 'cpu/cpu.cfs_period_us': '100000'}, 3),
+    ({'cpu/c/cpu.cfs_quota_us': '-1', 'cpu/c/cpu.cfs_period_us': '100000'}, 8),
+    ({'cpu/c/cpu.cfs_quota_us': '150000', 'cpu/c/cpu.cfs_period_us': '25000'}, 6)])
+def test_cores_are_what_control_groups_allow(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + '\n')
+    groups = tmp_path / 'groups'
+    groups.write_text('3:memory:/c\n2:cpu,cpuacct:/c\n0::/a/b\n')
+    assert environment.num_cores(range(8), str(tmp_path), str(groups)) == cores
+
+
 def test_openmp_is_told_before_tensorflow_is_loaded():
     """Of what is loaded, only the script's first import may come before OpenMP's settings."""
     code = (

@@ -12,12 +12,12 @@ import subprocess
 import sys
 import types
 
-import cv2
 import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
 import checkpoints
+import data
 import main_moco
 import resnet
 from commands import (MOCO, NETWORK, PATIENCE, ROOT, run, torch_python, two_at_a_time,
@@ -64,10 +64,11 @@ def make_run(path, recipe, depth, stem):
 
 
 def make_picture():
-    """uint8 [1, 64, 64, 3], BGR: smooth colours, and noise."""
-    rng = np.random.RandomState(0)
-    smooth = cv2.resize(rng.uniform(0, 255, [5, 5, 3]), (64, 64), interpolation=cv2.INTER_CUBIC)
-    return np.clip(smooth + rng.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)[np.newaxis]
+    """A photograph as validation sees it: uint8 [1, 224, 224, 3], BGR."""
+    picture = np.empty([1, 224, 224, 3], np.uint8)
+    data.center_crop_view(data.decode_image(os.path.join(ROOT, 'tests', 'data', 'coffee.jpg')),
+                          picture[0])
+    return picture
 
 
 def load_npz(path):

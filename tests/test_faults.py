@@ -19,7 +19,7 @@ import environment
 import resnet
 import training
 from commands import (
-    MOCO, PATIENCE, ROOT, finish, read_json, run, start, start_command, two_at_a_time, write_images)
+    MOCO, NETWORK, PATIENCE, ROOT, finish, read_json, run, start, start_command, two_at_a_time, write_images)
 from processes import find_processes, name_process, read_rank, wait_until
 
 
@@ -72,6 +72,8 @@ FAULTS = {
     'worker killed': (1, lambda run: run.workers[-1], signal.SIGKILL),
     'SIGTERM to horovodrun': (2, lambda run: run.process.pid, signal.SIGTERM),
     'SIGTERM to a rank': (2, lambda run: run.trainers[1], signal.SIGTERM),
+    'server of two killed': (2, lambda run: run.server, signal.SIGKILL),
+    'worker of two killed': (2, lambda run: run.workers[-1], signal.SIGKILL),
     'rank killed': (2, lambda run: run.trainers[1], signal.SIGKILL),
     'horovodrun killed': (2, lambda run: run.process.pid, signal.SIGKILL),
     'rank 0 stopped': (2, lambda run: run.trainers[0], signal.SIGSTOP),
@@ -151,6 +153,13 @@ def test_a_killed_worker_is_named(ends):
     assert len(errors) == 1 and 'pid {}) was killed by signal 9'.format(worker) in errors[0]
 
 
+def test_every_rank_of_a_host_notices_its_server(ends):
+    for name, words in [('server of two killed', 'the data server of this host is gone'),
+                        ('worker of two killed', 'was killed by signal 9')]:
+        code, errors = ends[name][:2]
+        assert code != 0 and any(words in line for line in errors), errors
+
+
 @pytest.mark.parametrize('name', ['SIGTERM to a rank', 'rank killed', 'horovodrun killed'])
 def test_nothing_is_left_of_two_ranks(ends, name):
     assert ends[name][0] != 0
@@ -164,6 +173,16 @@ def test_ctrl_c_ends_a_script_that_is_loading_libraries(script, handler):
         'print(signal.getsignal(signal.SIGINT))'.format(os.path.join(ROOT, script))
     assert handler in subprocess.check_output(
         [sys.executable, '-c', code], cwd=ROOT, universal_newlines=True)
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_random_moments(ranks):
+    script = os.path.join(ROOT, 'tests', 'faults', 'kill_at_random.py')
+    # its default limits are for a machine that does nothing else
+    done = subprocess.run(
+        [sys.executable, script, '--rounds', '3', '--ranks', str(ranks), '--limits', '60', '60'],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    assert done.returncode == 0 and 'nothing was left, nothing was lost' in done.stdout, done.stdout
 
 
 def test_waiting_for_data_is_seen(images):
@@ -285,6 +304,43 @@ def test_an_evaluation_that_was_cut_off_is_repeated(tmp_path):
     assert not (tmp_path / 'log' / training.MARKER).exists()
 
 
+# asked to end in the last step of the first epoch
+SIGNAL_IN_LAST_STEP = '''
+import os
+import signal
+import time
+import main_moco
+import training
+
+run_step = training.Trainer.run_step
+
+
+def end_and_run(self):
+    if self.global_step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not self._ending.asked:
+            time.sleep(0.01)
+    run_step(self)
+
+
+training.Trainer.run_step = end_and_run
+'''
+
+
+def test_an_epoch_that_ended_with_a_signal_is_evaluated_later(tmp_path):
+    flags = ['--data', write_images(tmp_path / 'images', 12, 4), *MOCO, '--steps-per-epoch', 2,
+             '--max-steps', 4, '--knn-every', 1, '--logdir', tmp_path / 'log']
+    process = start(write_script(tmp_path / 'script.py', SIGNAL_IN_LAST_STEP), *flags)
+    _, errors = finish(process)
+    assert process.returncode == 75 and 'after step 2: the same command' in errors
+    for _ in range(2):  # and then not again
+        run('main_moco.py', *flags)
+        stopped, *epochs = read_json(tmp_path, 'log', 'stats.json')
+        assert stopped['global_step'] == 2 and stopped['stopped'] and 'knn_top1' not in stopped
+        assert [(epoch['epoch_num'], epoch['global_step']) for epoch in epochs] == [(1, 2), (2, 4)]
+        assert all('knn_top1' in epoch for epoch in epochs)
+
+
 RAISES = '''
 import horovod.tensorflow as hvd
 import main_moco
@@ -327,16 +383,82 @@ def test_a_loss_that_is_not_finite_ends_all_and_is_not_saved(tmp_path):
             assert np.isfinite(value).all(), name
 
 
+def start_on_two_hosts(script, *flags, tmp):
+    """Start a command on what counts as two hosts: two names of this machine. In the last flag,
+    {} is the rank."""
+    words = [sys.executable, os.path.join(ROOT, script)] + [str(flag) for flag in flags]
+    line = ' '.join(map(shlex.quote, words[:-1])) + ' ' + words[-1].format('$HOROVOD_RANK')
+    return start_command(
+        [os.path.join(os.path.dirname(sys.executable), 'horovodrun'), '-np', '2',
+         '-H', 'localhost:1,127.0.0.1:1', 'sh', '-c', 'exec ' + line], tmp=tmp)
+
+
 def test_hosts_must_have_the_same_images(tmp_path):
-    # two names of this machine count as two hosts; the second one has an image more
+    # the second one has an image more
     for rank in (0, 1):
         write_images(tmp_path / str(rank), 12 + rank, 0)
-    command = ' '.join(map(shlex.quote, [
-        sys.executable, os.path.join(ROOT, 'main_moco.py'), *MOCO, '--logdir',
-        str(tmp_path / 'log'), '--data', str(tmp_path)])) + '/$HOROVOD_RANK'
-    process = start_command(
-        [os.path.join(os.path.dirname(sys.executable), 'horovodrun'), '-np', '2',
-         '-H', 'localhost:1,127.0.0.1:1', 'sh', '-c', 'exec ' + command], tmp=tmp_path)
+    process = start_on_two_hosts('main_moco.py', *MOCO, '--logdir', tmp_path / 'log', '--data',
+                                 str(tmp_path) + '/{}', tmp=tmp_path)
     _, errors = finish(process)
     assert process.returncode != 0
     assert 'error: --data holds other images on the hosts of the ranks 1 than on that' in errors
+
+
+def test_what_fails_on_one_host_only_is_told(tmp_path):
+    write_images(tmp_path / 'data', 12, 4)
+    np.savez(str(tmp_path / '0.npz'))
+    process = start_on_two_hosts('eval_knn.py', *NETWORK, '--data', tmp_path / 'data', '--load',
+                                 str(tmp_path) + '/{}.npz', tmp=tmp_path)
+    _, errors = finish(process)
+    assert process.returncode != 0
+    assert '{}/1.npz: does not exist (rank 1)'.format(tmp_path) in errors
+
+
+# a rank that lives, but does not come to what the other waits for
+STUCK = '''
+import time
+import eval_knn
+import horovod.tensorflow as hvd
+import main_moco
+
+find_nearest = eval_knn.find_nearest
+
+
+def be_stuck(*args):
+    if hvd.rank() == 1:
+        time.sleep(10000)
+    return find_nearest(*args)
+
+
+eval_knn.find_nearest = be_stuck
+'''
+
+
+def test_a_rank_that_is_stuck_in_an_evaluation_is_named(tmp_path):
+    process = start(
+        write_script(tmp_path / 'script.py', STUCK), '--data',
+        write_images(tmp_path / 'images', 12, 4), *MOCO, '--steps-per-epoch', 1, '--max-steps', 1,
+        '--knn-every', 1, '--logdir', tmp_path / 'log', '--stall-limit', 20, ranks=2, tmp=tmp_path)
+    _, errors = finish(process)
+    assert process.returncode != 0
+    assert re.search(r'rank 0: waited for rank 1 \(process \d+ on \S+\), which lives, but has not '
+                     'got as far as others for 20 s', errors), errors
+
+
+def test_the_end_comes_though_nobody_reads_standard_error():
+    code = """if True:
+        import os, sys, time
+        sys.path.insert(0, {!r})
+        import launch
+        launch.Ending.GRACE = 1
+        read, write = os.pipe()
+        os.dup2(write, 2)
+        os.set_blocking(2, False)
+        try:
+            while True:
+                os.write(2, b'x' * 65536)
+        except BlockingIOError:
+            os.set_blocking(2, True)
+        launch.Ending().end('a reason', code=3, grace=1)
+        time.sleep(10000)""".format(ROOT)
+    assert subprocess.call([sys.executable, '-c', code], timeout=PATIENCE) == 3

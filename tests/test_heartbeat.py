@@ -1,4 +1,8 @@
 """Who is waited for is named: rounds of several ranks, by hand, in horovodrun's own store."""
+import http.client
+import socket
+import time
+
 import pytest
 from horovod.runner.http.http_server import RendezvousServer
 
@@ -8,25 +12,26 @@ LIMIT, ROUNDS = 100, 20  # seconds; rounds in that time
 
 
 class Ranks:
-    """Ranks, each of which has begun steps[rank] steps."""
+    """Ranks, each of which has come to meetings[rank] meetings, and done work[rank] in between."""
 
     def __init__(self, size):
         self._server = RendezvousServer()
-        self.steps = [0] * size
+        self.meetings, self.work = [0] * size, [0] * size
         store = '127.0.0.1', self._server.start()
         self._ranks = [
-            Heartbeat(rank, size, store, LIMIT, lambda rank=rank: self.steps[rank], None)
+            Heartbeat(rank, size, store, LIMIT,
+                      lambda rank=rank: [self.meetings[rank], self.work[rank]], None)
             for rank in range(size)]
 
-    def do_rounds(self, count, living, steps=0):
-        """Rounds of the ranks that live, which begin so many steps in each.
+    def do_rounds(self, count, living, meetings=0):
+        """Rounds of the ranks that live, which come to so many meetings in each.
 
         Returns:
             dict: rank -> reason to end, of those that have one.
         """
         for _ in range(count):
             for rank in living:
-                self.steps[rank] += steps
+                self.meetings[rank] += meetings
             reasons = {rank: self._ranks[rank].do_round() for rank in living}
         return {rank: reason for rank, reason in reasons.items() if reason}
 
@@ -44,9 +49,9 @@ def ranks():
     ranks.stop_server()
 
 
-@pytest.mark.parametrize('steps', [0, 1, 50])
-def test_who_lives_is_not_named(ranks, steps):
-    assert ranks.do_rounds(5 * ROUNDS, [0, 1, 2], steps) == {}
+@pytest.mark.parametrize('meetings', [0, 1, 50])
+def test_who_lives_is_not_named(ranks, meetings):
+    assert ranks.do_rounds(5 * ROUNDS, [0, 1, 2], meetings) == {}
 
 
 @pytest.mark.parametrize('lost, finders', [(2, [0, 1]), (1, [0, 2]), (0, [1, 2])])
@@ -67,28 +72,39 @@ def test_a_rank_that_never_came_is_named(ranks):
 
 @pytest.mark.parametrize('slow', [0, 1, 2])
 def test_a_rank_that_lives_but_does_not_go_on_is_named(ranks, slow):
-    assert ranks.do_rounds(5, [0, 1, 2], steps=1) == {}
+    assert ranks.do_rounds(5, [0, 1, 2], meetings=1) == {}
     for rank in {0, 1, 2} - {slow}:
-        ranks.steps[rank] += 1
+        ranks.meetings[rank] += 1
     assert ranks.do_rounds(ROUNDS, [0, 1, 2]) == {}
     reasons = ranks.do_rounds(5, [0, 1, 2])
     assert set(reasons) == {0, 1, 2}
     for reason in reasons.values():
         assert reason.startswith('waited for rank {} (process '.format(slow))
-        assert reason.endswith('which has not begun step 6 for 100 s')
+        assert reason.endswith('which lives, but has not got as far as others for 100 s')
 
 
-def test_a_slow_rank_that_goes_on_is_not_named(ranks):
-    ranks.steps[0] = ranks.steps[1] = 1000
+@pytest.mark.parametrize('what', ['meetings', 'work'])
+def test_a_slow_rank_that_goes_on_is_not_named(ranks, what):
+    ranks.meetings[0] = ranks.meetings[1] = 1000
     for _ in range(5 * ROUNDS):
-        ranks.steps[2] += 1
+        getattr(ranks, what)[2] += 1
         assert ranks.do_rounds(1, [0, 1, 2]) == {}
 
 
-def test_a_job_that_was_stopped_as_a_whole_goes_on(ranks):
-    # time counts in rounds, of which there were none meanwhile
-    assert ranks.do_rounds(ROUNDS - 1, [0, 1, 2]) == {}
-    assert ranks.do_rounds(ROUNDS - 1, [0, 1, 2]) == {}
+def test_a_job_that_was_stopped_as_a_whole_goes_on(ranks, monkeypatch):
+    assert ranks.do_rounds(5, [0, 1, 2]) == {}
+    for clock in ('time', 'monotonic', 'perf_counter'):
+        monkeypatch.setattr(time, clock, lambda now=getattr(time, clock): now() + 1e6)
+    assert ranks.do_rounds(5, [0, 1, 2]) == {}
+
+
+def test_a_launcher_that_does_not_answer_is_named_in_time(ranks, monkeypatch):
+    def request(*_, **__):
+        raise socket.timeout
+    monkeypatch.setattr(http.client.HTTPConnection, 'request', request)
+    # a round takes an interval of 5 s and as long again for the answer that does not come
+    assert ranks.do_rounds(ROUNDS // 2 - 1, [1]) == {}
+    assert 'horovodrun cannot be reached' in ranks.do_rounds(1, [1])[1]
 
 
 def test_a_launcher_that_is_gone_is_named(ranks):

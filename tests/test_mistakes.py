@@ -11,6 +11,7 @@ import pytest
 from tensorpack import tfv1 as tf
 
 import environment
+import eval_knn
 import launch
 import main_lincls
 import main_moco
@@ -47,7 +48,7 @@ def save_linear(path):
 
 
 def limit_open_files():
-    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (270, 270))
 
 
 @pytest.fixture(scope='module')
@@ -107,6 +108,8 @@ MISTAKES = {
     'knn load of nothing': (knn('--load', 'nowhere'), ['nowhere: does not exist']),
     'knn load of another depth': (knn('--load', 'v1-34'), ['v1-34', 'does not fit']),
     'knn of no head': (knn('--load', 'backbone.npz', '--head'), ['backbone.npz', 'holds no head']),
+    'knn result nowhere': (knn('--load', 'v1-18', '--out', 'nowhere/x.json'),
+                           ['nowhere/x.json: cannot be written']),
     'splits': (moco('--bn-splits', 3), ['--bn-splits 3', '8 images', '1, 2, 4, 8']),
     'batch over images': (moco('--batch', 16), ['12 images', '--batch of 16']),
     'logdir below a file': (
@@ -117,7 +120,8 @@ MISTAKES = {
         lincls('--load', 'v1-18', '--logdir', 'v1-18'), ['v1-18/model-0', 'does not fit']),
     'linear logdir of another backbone': (
         lincls('--load', 'v1-18', '--logdir', 'linear'), ['conv0/W', 'not as loaded']),
-    'open files': (moco(preexec_fn=limit_open_files), ['open files', 'ulimit -n']),
+    'open files': (moco('--workers', 40, preexec_fn=limit_open_files),
+                   ['496 open files', 'limit is 270', 'ulimit -n']),
     'op not built': (moco(root='unbuilt'), ['zmq_ops', 'not built', 'make env']),
     'ranks do not divide': (moco('--batch', 9, ranks=2), ['--batch 9', '2 ranks', '8 or 10']),
     'logdir of another network, two ranks': (
@@ -186,6 +190,10 @@ def test_a_mistake_gets_one_line(failures, name):
                                                  ','.join(map(str, sorted(environment.CORES)))]),
     (['--fake', '--cpus', ','.join(map(str, environment.CORES))],
      ['--cpus:', 'leaves no core for the trainers']),
+    (['--fake', '--knn-every', '1'], ['--knn-every needs --data']),
+    (['--fake', '--temp', '0'], ['--temp must be positive, not 0.0']),
+    (['--fake', '--image-size', '0'], ['--image-size must be positive, not 0']),
+    (['--fake', '--width', '-1'], ['--width must be positive, not -1']),
     ([], ['either --data DIR or --fake'])])
 def test_flags_that_make_no_sense(flags, words, capsys):
     with pytest.raises(SystemExit) as error:
@@ -193,6 +201,20 @@ def test_flags_that_make_no_sense(flags, words, capsys):
     assert error.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert all(word in last for word in words), last
+
+
+@pytest.mark.parametrize('flags, words', [
+    ([], 'either --load FILE or --pixels'),
+    (['--pixels', '--head'], '--pixels has neither'),
+    (['--pixels', '--all'], '--pixels has neither'),
+    (['--load', 'x', '--all', '--out', 'y'], '--all writes one next to each'),
+    (['--load', 'x', '--k', '0'], '--k must be positive, not 0'),
+    (['--load', 'x', '--knn-temp', '0'], '--knn-temp must be positive, not 0.0')])
+def test_knn_flags_that_make_no_sense(flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        eval_knn.parse_args(['--data', 'x'] + flags)
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_linear_flags_that_make_no_sense(capsys):

@@ -14,6 +14,7 @@ import main_lincls
 import main_moco
 import resnet
 import training
+from test_resnet import is_compiled
 
 N, SIZE, DIM, K = 8, 16, 16, 24  # the queue is three batches long: pushes wrap
 M, T, LR, DECAY = 0.9, 0.2, 0.1, 1e-3
@@ -392,11 +393,28 @@ def test_xla_gives_the_same_keys():
             with tf.variable_scope('', reuse=tf.AUTO_REUSE):
                 model.build_graph(*images)
             keys.append(model.keys)
+            assert is_compiled(model.keys) == use_xla
         with tf.Session() as sess:
             sess.run(tf.global_variables_initializer())
             plain, compiled = sess.run(keys)
     assert plain.std() > 0.01
     np.testing.assert_allclose(compiled, plain, atol=1e-3)
+
+
+def test_a_push_wraps_where_another_batch_left_the_pointer():
+    # the queue was filled by batches of 4, and is continued by batches of 8
+    with tf.Graph().as_default(), tf.Session() as sess:
+        model = main_moco.MOCOModel(None, N, feature_dim=DIM, queue_size=K)
+        queue, pointer = model.create_queue()
+        keys = np.random.RandomState(0).normal(size=[N, DIM]).astype(np.float32)
+        push = model.push_queue(queue, pointer, tf.constant(keys))
+        sess.run(tf.global_variables_initializer())
+        sess.run(pointer.assign(K - 4))
+        expected = sess.run(queue)
+        sess.run(push)
+        expected[K - 4:], expected[:4] = keys[:4], keys[4:]
+        np.testing.assert_array_equal(sess.run(queue), expected)
+        assert sess.run(pointer) == 4
 
 
 # ---- schedules

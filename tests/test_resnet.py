@@ -177,6 +177,20 @@ def test_data_formats_give_the_same_features(training):
         np.testing.assert_allclose(nchw, nhwc, rtol=1e-3, atol=1e-4)
 
 
+def is_compiled(tensor):
+    """Whether the convolutions that a tensor is computed from belong to a cluster of XLA."""
+    ops, seen = [tensor.op], set()
+    while ops:
+        op = ops.pop()
+        if op not in seen:
+            seen.add(op)
+            ops += [x.op for x in op.inputs]
+    clustered = {any(name.startswith('_xla') for name in op.node_def.attr)
+                 for op in seen if op.type == 'Conv2D'}
+    assert len(clustered) == 1
+    return clustered.pop()
+
+
 def test_xla_changes_nothing():
     # of the frozen backbone; test_moco.py compares the key encoder's output
     x = tf.placeholder(tf.uint8, [None, 32, 32, 3])
@@ -185,6 +199,7 @@ def test_xla_changes_nothing():
         plain, compiled = (resnet.compile_if(use_xla, lambda x: net(x, training=False), x)
                            for use_xla in (False, True))
     assert compiled.shape.as_list() == plain.shape.as_list() == [None, 64]
+    assert is_compiled(compiled) and not is_compiled(plain)
     with tf.Session() as sess:
         sess.run(tf.global_variables_initializer())
         for count in (4, 3):  # the last batch of a pass is smaller
