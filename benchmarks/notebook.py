@@ -110,7 +110,7 @@ def main(args):
     model = Notebook(
         net, BATCH, queue_size=4096, momentum=0.99, temp=0.1, weight_decay=5e-4,
         learning_rate=cosine_by_epoch(0.06, steps_per_epoch), image_size=SIZE, seed=args.seed)
-    trainer = training.Trainer(ending, launch.session_config(threads, gpu),
+    trainer = training.Trainer(ending, launch.session_config(threads, gpu, args.amp),
                                lambda: model.updates_after_weights())
     source = QueueInput(DataFromGenerator(generate(images, steps_done, args.seed)))
     trainer.setup_graph(model.get_input_signature(), source, model.build_graph,
@@ -126,7 +126,7 @@ def main(args):
     trainer.run(callbacks, start, steps_per_epoch, steps_done, args.epochs * steps_per_epoch)
 
     with open(os.path.join(args.logdir, 'stats.json')) as f:
-        stats = json.load(f)
+        stats = [epoch for epoch in json.load(f) if training.STOPPED not in epoch]
     print('epoch  loss  (notebook)  kNN top-1  (notebook)  images/s')
     for epoch, published in zip(stats, PUBLISHED + [('', '')] * len(stats)):
         print('{:5} {:5.2f}  {:>10} {:8.2f} %  {:>10}  {:8.1f}'.format(
@@ -143,5 +143,7 @@ if __name__ == '__main__':
                         help='where to stop in the schedule of 200 (default: 2)')
     parser.add_argument('--logdir', default='train_log/notebook', metavar='DIR',
                         help='where checkpoints and logs go (default: train_log/notebook)')
+    parser.add_argument('--amp', action='store_true',
+                        help='convolutions in 16 bits, as in main_moco.py: faster')
     parser.add_argument('--seed', type=int, default=0, help='of everything random (default: 0)')
     main(parser.parse_args())

@@ -124,14 +124,15 @@ def last_line(path):
 
 
 def describe(epoch):
-    parts = ['epoch {epoch_num}: loss {loss:.3f}'.format(**epoch)]
+    parts = []
     for key, words in (
-            ('accuracy', '(K+1)-way accuracy {:.3f}'), ('val_top1', 'validation top-1 {:.2f} %'),
+            ('loss', 'loss {:.3f}'), ('accuracy', '(K+1)-way accuracy {:.3f}'),
+            ('val_top1', 'validation top-1 {:.2f} %'),
             ('knn_top1', 'kNN top-1 {:.2f} %'), ('images_per_second', '{:.0f} images/s'),
             ('data_wait', 'waited for data {:.1%} of the time')):
         if key in epoch:
             parts.append(words.format(epoch[key]))
-    return ', '.join(parts)
+    return 'epoch {}: {}'.format(epoch['epoch_num'], ', '.join(parts))
 
 
 def setup_seconds():
