@@ -61,7 +61,9 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(flags, tmp_path):
         output, errors = finish(process)
         assert process.returncode == -signal.SIGKILL, errors
         assert step == 0 or 'after step {}'.format(step) in output
-        assert newest_step(logdir) in (step + 1, step + 2)
+        # the first of the two may be that of the step before: if the kill came between it and
+        # stats.json, its epoch is ended again
+        assert step <= newest_step(logdir) <= step + 2
         step = newest_step(logdir)
     (logdir / 'model-9.data-00000-of-00001.tempstate123').write_text('half of a checkpoint')
     output, _ = run('main_moco.py', *flags, '--max-steps', step + 1, '--logdir', logdir)

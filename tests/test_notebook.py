@@ -20,7 +20,7 @@ import argparse, sys
 sys.path.insert(0, {!r})
 import notebook
 notebook.BATCH, notebook.SPLITS = 8, 2
-notebook.main(argparse.Namespace(data={!r}, logdir={!r}, epochs={}, seed=0))
+notebook.main(argparse.Namespace(amp=False, data={!r}, logdir={!r}, epochs={}, seed=0))
 '''
 
 
