@@ -525,6 +525,8 @@ def test_hue_against_float(steps, count):
     expected = references.float_step('adjust_hue', image, steps / 256)
     assert np.abs(turned - expected).max() < 0.75  # rounded once from eighths
     assert steps or (turned == image).all()
+    # value and saturation stay
+    assert (turned.max(2) == image.max(2)).all() and (turned.min(2) == image.min(2)).all()
 
 
 def test_hue_needs_a_contiguous_image():
