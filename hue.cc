@@ -1,11 +1,11 @@
-// Turns the hue of uint8 BGR pixels, in place, in a third of the time of OpenCV's way to HSV and back
-// and without its rounding of hue and saturation. data.py calls it.
+// Turns the hue of uint8 BGR pixels, in place, in a third of the time of OpenCV's way to HSV and
+// back, and without its rounding of hue and saturation. data.py calls it.
 //
 // Of a colour whose channels are at most v and at least v - d, hue is a position h on a circle of
 // length 6 with red, green and blue at 0, 2 and 4; and a channel whose pure colour is at c has the
-// value v - d * clamp(min(k, 4 - k), 0, 1), where k = (h + 5 - c) mod 6. Multiplied by d, this needs
-// no division. So all positions here are d times as large, in eighths, and fit into 16 bits: then
-// the compiler turns the loop into instructions for 8 or 16 pixels at a time.
+// value v - d * clamp(min(k, 4 - k), 0, 1), where k = (h + 5 - c) mod 6. Multiplied by d, this
+// needs no division. So all positions here are d times as large, in eighths, and fit into 16 bits:
+// then the compiler turns the loop into instructions for 8 or 16 pixels at a time.
 #include <cstdint>
 
 namespace {

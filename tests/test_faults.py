@@ -19,7 +19,8 @@ import environment
 import resnet
 import training
 from commands import (
-    MOCO, NETWORK, PATIENCE, ROOT, finish, read_json, run, start, start_command, two_at_a_time, write_images)
+    MOCO, NETWORK, PATIENCE, ROOT, finish, read_json, run, start, start_command, two_at_a_time,
+    write_images)
 from processes import find_processes, name_process, read_rank, wait_until
 
 
