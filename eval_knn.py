@@ -276,10 +276,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.load) == args.pixels:
         parser.error('give either --load FILE or --pixels')
-    for name in ('k', 'knn_temp', 'batch', 'image_size', 'width', 'workers', 'stall_limit'):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error('--{} must be positive, not {}'.format(name.replace('_', '-'), value))
+    launch.check_positive(parser, args, 'k', 'knn_temp', 'batch', 'image_size', 'width', 'workers',
+                          'stall_limit')
     if args.pixels and (args.head or args.all):
         parser.error('--pixels has neither --head nor --all')
     if args.out and args.all:

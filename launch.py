@@ -98,6 +98,14 @@ def add_arguments(group, compiled):
     group.add_argument('--no-xla', dest='xla', action='store_false', help='do not')
 
 
+def check_positive(parser, args, *names):
+    """End with an error unless each of these flags, if it is given, is positive."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error('--{} must be positive, not {}'.format(name.replace('_', '-'), value))
+
+
 def mixed_precision_rewrite(gpu):
     """TensorFlow's name of the graph rewrite that computes in 16 bits here, or None.
 

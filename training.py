@@ -427,12 +427,8 @@ def add_arguments(group, epochs, crop_area):
 
 def check_arguments(parser, args, *positive):
     """End with an error unless what is given with all trainings' flags, and `positive`, can be."""
-    for name in (
-            'batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit', 'width',
-            'image_size') + positive:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error('--{} must be positive, not {}'.format(
-                name.replace('_', '-'), getattr(args, name)))
+    launch.check_positive(parser, args, 'batch', 'epochs', 'steps_per_epoch', 'workers',
+                          'stall_limit', 'width', 'image_size', *positive)
     if not 0 < args.crop_area[0] <= args.crop_area[1] <= 1:
         parser.error('--crop-area {} {}: needs 0 < MIN <= MAX <= 1'.format(*args.crop_area))
 
