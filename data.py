@@ -611,8 +611,7 @@ def images_of_bounded_batch(step, rank, size, batch, num_images):
 
 # ------------------------------------------------------------------------------------------ batches
 # A maker of batches has .num_batches (None: endless), .specs(step) -> [(shape, dtype), ...] of the
-# arrays of that batch, .fill(step, arrays), which writes them in place, and .constant: whether all
-# batches of the same shapes are the same.
+# arrays of that batch, and .fill(step, arrays), which writes them in place.
 
 class ImageReader:
     """Reads images; in place of one that cannot be read, the next one in the list that can.
@@ -648,7 +647,6 @@ class Batches:
         image_size: S, in pixels.
     """
     num_batches = None
-    constant = False
 
     def __init__(self, reader, rank, size, batch, image_size):
         self.reader, self.labels = reader, reader.images.labels
@@ -740,18 +738,17 @@ class EvalBatches(Batches):
 
 class FakeBatches:
     """Random images, made once, in the place of another maker's batches."""
-    constant = True
 
     def __init__(self, batches):
         self.num_batches, self.specs = batches.num_batches, batches.specs
-        self._num_classes = len(batches.reader.images.classes or [1])
+        rng, num_classes = np.random.RandomState(0), len(batches.reader.images.classes or [1])
+        # images, or labels; the last batches may be smaller
+        self._arrays = [rng.randint(0, 256 if len(shape) == 4 else num_classes, shape, dtype)
+                        for shape, dtype in self.specs(0)]
 
     def fill(self, step, arrays):
-        rng = np.random.RandomState(0)
-        for array in arrays:
-            # images, or labels
-            limit = 256 if array.ndim == 4 else self._num_classes
-            array[:] = rng.randint(0, limit, array.shape, array.dtype)
+        for array, fake in zip(arrays, self._arrays):
+            array[:] = fake[:len(array)]
 
 
 def fake_images(num_images, labelled):

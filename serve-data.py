@@ -12,10 +12,11 @@ or serves a trainer, here one of two ranks, each pulling from its own sockets in
 
     ./serve-data.py --data /path/to/imagenet --task moco-v2 --address /tmp/data --ranks 0,1 --size 2
 
-Every worker belongs to one rank: worker i of its n makes batches i, i+n, i+2n ... and pushes each,
-as one message of zmq_ops, on ipc://ADDRESS/rank{R}-worker{i}. The trainer pulls from its n sockets
-in strict turns, so what it gets does not depend on n. Whoever connects to the unix socket
-ADDRESS/control, and stays connected for as long as it pulls, gets lines of JSON:
+Every worker belongs to one rank: worker i of its n makes batches i, i+n, i+2n ... and writes each,
+as one message of zmq_ops, into memory that it shares with the trainer, and pushes a reference to it
+on ipc://ADDRESS/rank{R}-worker{i}. The trainer, a process of the same user and PID namespace, pulls
+from its n sockets in strict turns, so what it gets does not depend on n. Whoever connects to the
+unix socket ADDRESS/control, and stays connected for as long as it pulls, gets lines of JSON:
 
     {"images": N, "classes": C or null, "workers_per_rank": n, "digest": "..."}     first
     {"error": "..."}     the server ends; also instead of the first line
@@ -45,9 +46,9 @@ import zmq
 import data
 import zmq_ops
 
-# Memory is bounded: a worker holds at most the batch that it makes, SEND_QUEUE finished ones, and
-# the one that is being written to the socket; a trainer holds as many as it wants.
-SEND_QUEUE = 2
+# Memory is bounded: a worker has so many batches, the one that it makes and those that its trainer
+# has not read yet; a trainer holds as many as it wants.
+BATCHES_PER_WORKER = 4
 LINGER = 10  # seconds that an ended server waits for trainers that have not yet heard why
 MAX_SOCKET_PATH = 107  # bytes: sockaddr_un has 108 with the final zero
 BENCHMARK_SECONDS = 10
@@ -60,7 +61,7 @@ def parse_args(argv):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('--data', metavar='DIR', help='folder of images, see the README')
     source.add_argument('--fake', type=int, metavar='N',
-                        help='pretend N images: random ones, made once, sent again and again')
+                        help='pretend N images: random ones, made once, copied into every batch')
     parser.add_argument('--task', choices=['moco-v1', 'moco-v2', 'linear', 'eval'], required=True,
                         help='moco: two views; linear: a view and its label; '
                              'eval: every image once, its centre and label')
@@ -158,15 +159,12 @@ def run_worker(args, address, images, rank, number, count, report):
 
     context = zmq.Context()
     out = context.socket(zmq.PUSH)
-    out.set(zmq.SNDHWM, SEND_QUEUE)
     out.bind('ipc://' + socket_path(address, rank, number))
-    specs = None
+    messages = zmq_ops.SharedMessages(BATCHES_PER_WORKER)
     for step in steps:
-        if not (batches.constant and specs == batches.specs(step)):
-            specs = batches.specs(step)
-            message, arrays = zmq_ops.new_message(specs)
-            batches.fill(step, arrays)
-        out.send(message, copy=False)
+        message, arrays = messages.new_message(batches.specs(step))
+        batches.fill(step, arrays)
+        out.send(message)
     # A PULL socket that is full when its peer closes forgets what it has not read yet (libzmq 4.3),
     # linger or not. So stay: the server ends its workers when the trainers, who have all they
     # wanted, have left it.
@@ -589,8 +587,8 @@ def measure_rate(folder, ranks, workers_per_rank, connection):
         while not ended.is_set():
             pull_socket = sockets[turns[i] % workers_per_rank]
             if pull_socket.poll(100):
-                message = pull_socket.recv(copy=False)
-                counts[i] += len(zmq_ops.load_arrays(message.buffer)[0])
+                message = zmq_ops.fetch_message(pull_socket.recv())
+                counts[i] += len(zmq_ops.load_arrays(message)[0])
                 turns[i] += 1
         for pull_socket in sockets:
             pull_socket.close()
@@ -602,7 +600,7 @@ def measure_rate(folder, ranks, workers_per_rank, connection):
         thread.start()
     try:
         # what filled the queues at leisure is not counted
-        while min(turns) < workers_per_rank * (SEND_QUEUE + 3):
+        while min(turns) < workers_per_rank * (BATCHES_PER_WORKER + 1):
             if server_ends(0.05):
                 return None
         before, start = sum(counts), time.monotonic()

@@ -79,7 +79,7 @@ class Server:
             pull_socket.connect('ipc://{}/rank{}-worker{}'.format(self.address, rank, worker))
             self.sockets[rank, worker] = pull_socket
         assert self.sockets[rank, worker].poll(1000 * PATIENCE)
-        return zmq_ops.load_arrays(self.sockets[rank, worker].recv())
+        return zmq_ops.load_arrays(zmq_ops.fetch_message(self.sockets[rank, worker].recv()))
 
     def pull_stream(self, rank, num_workers, steps):
         turns = itertools.cycle(range(num_workers))
@@ -220,6 +220,23 @@ def test_fake(start):
     server = start('--fake', 5, '--task', 'eval', '--batch', 4, '--image-size', 8, '--workers', 1)
     assert server.hello()['classes'] == 1000
     assert [len(labels) for _, labels in server.pull_stream(0, 1, 2)] == [4, 1]
+
+
+def test_a_worker_waits_until_its_batches_are_read(start):
+    server = start('--fake', 1000, '--task', 'linear', '--batch', 4, '--image-size', 8,
+                   '--workers', 2)
+    server.hello()
+    pull_socket = server.context.socket(zmq.PULL)
+    server.sockets['by hand'] = pull_socket
+    pull_socket.connect('ipc://{}/rank0-worker0'.format(server.address))
+
+    for expected, read in ((4, 3), (3, 1), (1, 0)):
+        frames = []
+        while pull_socket.poll(1000):
+            frames.append(pull_socket.recv())
+        assert len(frames) == len(set(frames)) == expected
+        for frame in frames[:read]:
+            zmq_ops.fetch_message(frame)
 
 
 # ------------------------------------------------------------------------------- unreadable images

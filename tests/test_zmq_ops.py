@@ -16,7 +16,8 @@ import zmq
 from tensorpack import tfv1 as tf
 from tensorpack.input_source import ZMQInput
 
-from zmq_ops import ZMQPullSocket, dump_arrays, load_arrays, new_message
+from zmq_ops import (SharedMessages, ZMQPullSocket, dump_arrays, fetch_message, load_arrays,
+                     new_message, shared)
 from zmq_ops.pull import BUILD_DIR, load_ops
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -396,6 +397,156 @@ def test_end_point_that_cannot_be_opened_is_named(address, bind):
                 sess.run(tensors)
             assert ('bind ' if bind else 'connect to ') + address + ': ' in info.value.message
 
+
+# ---------------------------------------------------------------------------- in shared memory
+
+def share(messages, arrays):
+    """Make a shared message of arrays: the frame to send."""
+    frame, views = messages.new_message([(array.shape, array.dtype) for array in arrays])
+    for view, array in zip(views, arrays):
+        view[...] = array
+    return frame
+
+
+def shared_memory(pid='self'):
+    """(mappings, open files) of shared messages that a process has."""
+    with open('/proc/{}/maps'.format(pid)) as maps:
+        mapped = sum('/memfd:zmq_ops' in line for line in maps)
+    files = 0
+    for name in os.listdir('/proc/{}/fd'.format(pid)):
+        try:
+            files += '/memfd:zmq_ops' in os.readlink('/proc/{}/fd/{}'.format(pid, name))
+        except OSError:
+            pass  # that of the listing
+    return mapped, files
+
+
+def test_shared_messages_come_through_and_are_used_again(end_point, push):
+    rng = np.random.RandomState(0)
+    # of one size, and then of others
+    batches = [[rng.randint(0, 256, (count, 100, 3)).astype(np.uint8), np.float64(i)]
+               for i, count in enumerate([64] * 6 + [5, 0, 64, 64])]
+    tensors = ZMQPullSocket(end_point, ['uint8', 'float64'], timeout=30).pull()
+    messages, socket = SharedMessages(2), push(end_point)
+    before = shared_memory()
+    with tf.Session() as sess:
+        for i, batch in enumerate(batches):
+            frame = share(messages, batch)
+            assert len(frame) == 32
+            socket.send(frame)
+            if i == 0:
+                continue
+            # one behind, so that two are under way
+            images, number = sess.run(tensors)
+            assert number == i - 1
+            np.testing.assert_array_equal(images, batches[i - 1][0])
+        assert sess.run(tensors)[1] == len(batches) - 1
+        del batch
+        # two messages: each is mapped by the sender, and open twice there (Python's mmap is one)
+        mapped, files = shared_memory()
+        assert (mapped - before[0], files - before[1]) == (2, 4)
+
+
+def test_a_shared_message_is_not_written_over_before_it_is_read(end_point, push):
+    tensor, = ZMQPullSocket(end_point, ['int64'], timeout=30).pull()
+    messages, socket = SharedMessages(3), push(end_point)
+    for i in range(3):
+        socket.send(share(messages, [np.int64(i)]))
+    fourth = run_in_thread(lambda: share(messages, [np.int64(3)]))
+    with tf.Session() as sess:
+        time.sleep(0.3)
+        assert [int(sess.run(tensor)) for _ in range(3)] == [0, 1, 2]
+        socket.send(fourth())
+        assert sess.run(tensor) == 3
+
+
+def test_shared_messages_of_a_sender_that_died_can_be_read_no_more(end_point, push):
+    code = """if True:
+        import sys, numpy as np, zmq
+        from zmq_ops import SharedMessages
+        messages = SharedMessages(1)
+        frame, (array,) = messages.new_message([((3,), 'int64')])
+        print(frame.hex(), flush=True)
+        sys.stdin.read()
+        """
+    sender = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, universal_newlines=True)
+    frame = bytes.fromhex(sender.stdout.readline().strip())
+    assert len(load_arrays(fetch_message(frame))[0]) == 3
+    sender.communicate('')
+    with pytest.raises(FileNotFoundError, match='/proc/{}/fd/'.format(sender.pid)):
+        fetch_message(frame)
+
+    # the op says so, takes the message for one, and goes on with the next end point
+    end_points = [end_point + '0', end_point + '1']
+    tensor, = ZMQPullSocket(end_points, ['int64'], timeout=30).pull()
+    first, second = map(push, end_points)
+    first.send(frame)
+    second.send(dump_arrays([1]))
+    with tf.Session() as sess:
+        with pytest.raises(tf.errors.UnavailableError) as info:
+            sess.run(tensor)
+        assert 'pull from {}: cannot open the message in the sender\'s memory, /proc/{}/fd/'.format(
+            end_points[0], sender.pid) in info.value.message
+        assert 'No such file' in info.value.message
+        assert sess.run(tensor) == 1
+
+
+@pytest.mark.parametrize('field, change', [(2, 'a file'), (4, 1), (5, 1), (5, -10**9)])
+def test_a_reference_to_something_else_is_refused(field, change, end_point, push, tmp_path):
+    fields = list(shared.REFERENCE.unpack(share(SharedMessages(1), [np.zeros(9)])))
+    with open(str(tmp_path / 'file'), 'wb') as file:
+        fields[field] = file.fileno() if change == 'a file' else fields[field] + change
+        frame = shared.REFERENCE.pack(*fields)
+        with pytest.raises(OSError, match='is not the message'):
+            fetch_message(frame)
+        tensor, = ZMQPullSocket(end_point, ['float64'], timeout=30).pull()
+        push(end_point).send(frame)
+        with tf.Session() as sess, pytest.raises(tf.errors.UnavailableError, match='something els'):
+            sess.run(tensor)
+
+
+def test_a_reference_from_the_network_is_not_followed(push):
+    frame = share(SharedMessages(1), [np.zeros(9)])
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        address = 'tcp://127.0.0.1:{}'.format(socket.bind_to_random_port('tcp://127.0.0.1'))
+        tensor, = ZMQPullSocket(address, ['float64'], bind=False, timeout=30).pull()
+        with tf.Session() as sess:
+            pulled = run_in_thread(lambda: sess.run(tensor))
+            socket.send(frame)
+            error = pulled()
+        assert isinstance(error, tf.errors.InvalidArgumentError) and '-1 tensors' in error.message
+
+
+def test_fetching_releases_a_shared_message_and_leaves_others_alone():
+    messages = SharedMessages(1)
+    for i in range(3):
+        array, = load_arrays(fetch_message(share(messages, [np.full(4, i)])))
+        assert array.tolist() == [i] * 4
+    assert fetch_message(BY_HAND) is BY_HAND
+    as_long = dump_arrays([np.arange(12, dtype=np.uint8).reshape(1, 1, 12)])[:32]
+    assert bytes(fetch_message(as_long)) == bytes(as_long)
+
+
+def test_shared_memory_of_an_old_system_and_of_a_full_one(monkeypatch):
+    class OldLibrary:
+        def __init__(self, *args, **kwargs):
+            pass
+    monkeypatch.setattr(shared.ctypes, 'CDLL', OldLibrary)
+    messages = SharedMessages(1)
+    frame = share(messages, [np.arange(5)])
+    memory = shared.REFERENCE.unpack(frame)[2]
+    assert os.readlink('/proc/self/fd/{}'.format(memory)).startswith('/dev/shm/')
+    assert load_arrays(fetch_message(frame))[0].tolist() == [0, 1, 2, 3, 4]
+
+    def fails(*args):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(shared.os, 'posix_fallocate', fails)
+    with pytest.raises(OSError, match="No space left on device: '8000028 bytes of shared memory'"):
+        messages.new_message([((1000, 1000), np.float64)])
+
+
+# --------------------------------------------------------------------------------- large, tensorpack
 
 def test_messages_above_2_gib(end_point, push):
     if psutil.virtual_memory().available < 10 * GIB:

@@ -6,5 +6,7 @@ compiled op, so that a data server stays free of both. tensorpack's `ZMQInput` a
 """
 from .pull import ZMQPullSocket
 from .serialize import dump_arrays, load_arrays, new_message
+from .shared import SharedMessages, fetch_message
 
-__all__ = ['ZMQPullSocket', 'dump_arrays', 'load_arrays', 'new_message']
+__all__ = ['SharedMessages', 'ZMQPullSocket', 'dump_arrays', 'fetch_message', 'load_arrays',
+           'new_message']

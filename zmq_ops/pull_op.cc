@@ -151,6 +151,8 @@ class ZmqPullOp : public tf::AsyncOpKernel {
         return tf::errors::FailedPrecondition(prefix, std::string(answer.data, answer.size));
       case Answer::kManyFrames:
         return tf::errors::InvalidArgument(prefix, "expected a message of one frame, got several");
+      case Answer::kLost:
+        return tf::errors::Unavailable(prefix, std::string(answer.data, answer.size));
       case Answer::kMessage:
         break;
     }

@@ -25,13 +25,15 @@
 #include <unistd.h>
 #include <zmq.h>
 
+#include "shared.h"
+
 namespace zmq_ops {
 
 struct Answer {
-  enum Kind { kMessage, kManyFrames, kTimedOut, kStopped, kFailed };
+  enum Kind { kMessage, kManyFrames, kLost, kTimedOut, kStopped, kFailed };
   Kind kind;
   const std::string& end_point;  // whose turn it was
-  const char* data;              // the message; on kFailed what went wrong
+  const char* data;              // the message; on kLost and kFailed what went wrong
   size_t size;
 };
 
@@ -238,8 +240,22 @@ inline bool Receiver::TryAnswer(Lock* lock) {
       kind = Answer::kManyFrames;
       if (zmq_msg_recv(&message.frame, socket, 0) < 0 && errno != EINTR) break;
     }
-    AnswerFront(lock, kind, static_cast<const char*>(zmq_msg_data(&message.frame)),
-                zmq_msg_size(&message.frame));
+    const char* data = static_cast<const char*>(zmq_msg_data(&message.frame));
+    size_t size = zmq_msg_size(&message.frame);
+
+    // Only who can enter the folder of an ipc file may have us open what belongs to this user.
+    Reference reference;
+    SharedMessage shared;
+    std::string error;
+    if (kind == Answer::kMessage && reference.Read(data, size) &&
+        !IpcFile(end_points_[turn_]).empty()) {
+      error = shared.Open(reference);
+      kind = error.empty() ? Answer::kMessage : Answer::kLost;
+      data = error.empty() ? shared.data() : error.data();
+      size = error.empty() ? shared.size() : error.size();
+    }
+    AnswerFront(lock, kind, data, size);
+    shared.Release();
     return true;
   }
   if (errno != EAGAIN && errno != EINTR) {
@@ -257,7 +273,7 @@ inline bool Receiver::TryAnswer(Lock* lock) {
 inline void Receiver::AnswerFront(Lock* lock, Answer::Kind kind, const char* data, size_t size) {
   const std::string& end_point = end_points_[turn_];
   // only a message, even a bad one, ends a turn
-  if (kind == Answer::kMessage || kind == Answer::kManyFrames) {
+  if (kind == Answer::kMessage || kind == Answer::kManyFrames || kind == Answer::kLost) {
     turn_ = (turn_ + 1) % sockets_.size();
   }
   const Request request = std::move(requests_.front());

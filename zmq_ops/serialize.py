@@ -48,11 +48,13 @@ def dump_arrays(arrays):
     return message
 
 
-def new_message(specs):
+def new_message(specs, allocate=None):
     """Allocate a message whose data is still to be written, in place.
 
     Args:
         specs: a list of (shape, dtype).
+        allocate: a function of a number of bytes that returns so large a writable buffer, None for
+            memory of this process.
 
     Returns:
         memoryview: the message.
@@ -80,8 +82,9 @@ def new_message(specs):
         sizes.append(nbytes)
 
     # np.empty does not fill with zeros, which a bytearray would
+    allocate = allocate or (lambda size: np.empty(size, np.uint8))
     count = struct.pack('=i', len(headers))
-    message = memoryview(np.empty(len(count) + sum(map(len, headers)) + sum(sizes), np.uint8))
+    message = memoryview(allocate(len(count) + sum(map(len, headers)) + sum(sizes)))
     message[:len(count)] = count
     position, views = len(count), []
     for (shape, dtype), header, nbytes in zip(specs, headers, sizes):
