@@ -484,7 +484,7 @@ def test_shared_messages_of_a_sender_that_died_can_be_read_no_more(end_point, pu
     first.send(frame)
     second.send(dump_arrays([1]))
     with tf.Session() as sess:
-        with pytest.raises(tf.errors.UnavailableError) as info:
+        with pytest.raises(tf.errors.DataLossError) as info:
             sess.run(tensor)
         assert 'pull from {}: cannot open the message in the sender\'s memory, /proc/{}/fd/'.format(
             end_points[0], sender.pid) in info.value.message
@@ -502,7 +502,7 @@ def test_a_reference_to_something_else_is_refused(field, change, end_point, push
             fetch_message(frame)
         tensor, = ZMQPullSocket(end_point, ['float64'], timeout=30).pull()
         push(end_point).send(frame)
-        with tf.Session() as sess, pytest.raises(tf.errors.UnavailableError, match='something els'):
+        with tf.Session() as sess, pytest.raises(tf.errors.DataLossError, match='something els'):
             sess.run(tensor)
 
 

@@ -68,7 +68,7 @@ class ZMQPullSocket:
         Errors when it runs, all naming the end point; after any of them the next pull works:
         InvalidArgumentError for a malformed message or one of another number, type or shape of
         tensors (the message is used up), DeadlineExceededError after `timeout` and CancelledError
-        when the session is closed (neither takes a message away), UnavailableError when a message
+        when the session is closed (neither takes a message away), DataLossError when a message
         in shared memory cannot be opened (it is used up), FailedPreconditionError when an end point
         cannot be opened.
 

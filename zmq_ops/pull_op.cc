@@ -152,7 +152,7 @@ class ZmqPullOp : public tf::AsyncOpKernel {
       case Answer::kManyFrames:
         return tf::errors::InvalidArgument(prefix, "expected a message of one frame, got several");
       case Answer::kLost:
-        return tf::errors::Unavailable(prefix, std::string(answer.data, answer.size));
+        return tf::errors::DataLoss(prefix, std::string(answer.data, answer.size));
       case Answer::kMessage:
         break;
     }
