@@ -28,6 +28,8 @@ import time  # noqa: E402
 import numpy as np  # noqa: E402
 import zmq  # noqa: E402
 
+import zmq_ops  # noqa: E402
+
 RANKS, BATCH, SHARE_SECONDS, SAMPLE_SECONDS = (1, 2, 4, 8), 32, 120, 5
 
 
@@ -75,7 +77,7 @@ class Server:
         turn = 0
         while not self._ended:
             if sockets[turn].poll(100):
-                sockets[turn].recv(copy=False)
+                zmq_ops.fetch_message(sockets[turn].recv())
                 self.counts[rank] += BATCH
                 turn = (turn + 1) % len(sockets)
         for pull_socket in sockets:

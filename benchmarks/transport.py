@@ -3,14 +3,14 @@
 
     python benchmarks/transport.py    # 1 and 2 workers; 3 minutes
 
-No image is decoded or augmented: serve-data.py sends its --fake images, and the map function of
-tensorpack's MultiProcessMapAndBatchDataZMQ, behind which is send_dataflow_zmq(format='zmq_ops'),
-returns a constant. Two views of 224 pixels in batches of 32, pulled by the same op. In turns, each
-with a process for the server and one for the session, and measured when all queues have been filled
-once; printed are images/s, the milliseconds of cores that a batch takes in the session's process
-and in all of the server's, and the medians of the ratios of neighbours: of images/s, of which the
-claim is at least 3, and of images for the same time of cores, on which other jobs have little
-influence.
+No image is decoded or augmented: serve-data.py copies its --fake images to where views would be
+made, and the map function of tensorpack's MultiProcessMapAndBatchDataZMQ, behind which is
+send_dataflow_zmq(format='zmq_ops'), returns a constant. Two views of 224 pixels in batches of 32,
+pulled by the same op. In turns, each with a process for the server and one for the session, and
+measured when all queues have been filled once; printed are images/s, the milliseconds of cores that
+a batch takes in the session's process and in all of the server's, and the medians of the ratios of
+neighbours: of images/s, of which the claim is at least 3, and of images for the same time of cores,
+on which other jobs have little influence.
 """
 import argparse
 import contextlib
