@@ -34,6 +34,7 @@ import zmq_ops
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STALL_LIMIT = 300  # seconds
+SERVER_PATIENCE = 5  # seconds for a data server to say why a batch is lost
 # Of a rank that does not end, horovodrun kills all descendants at once. So this, whose parent is
 # init, waits for the end of the lifeline too, and removes what no server is left to remove.
 CLEAN_UP = 'trap "" TERM INT HUP; read line; rm -rf -- "$0"'
@@ -286,6 +287,12 @@ class Ending:
             self.exit_if_ended()
             if not isinstance(error, tf.errors.OpError):
                 raise
+            if isinstance(error, tf.errors.DataLossError):
+                # a batch went with the worker that made it: the server is about to say why
+                deadline = time.monotonic() + SERVER_PATIENCE
+                while self.reason is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                self.exit_if_ended()
             self.end('{}: {}'.format(what, checkpoints.tell_error(error)))
             sys.exit(self.code)
 

@@ -587,7 +587,10 @@ def measure_rate(folder, ranks, workers_per_rank, connection):
         while not ended.is_set():
             pull_socket = sockets[turns[i] % workers_per_rank]
             if pull_socket.poll(100):
-                message = zmq_ops.fetch_message(pull_socket.recv())
+                try:
+                    message = zmq_ops.fetch_message(pull_socket.recv())
+                except OSError:
+                    break  # the worker is dead, and the server says why
                 counts[i] += len(zmq_ops.load_arrays(message)[0])
                 turns[i] += 1
         for pull_socket in sockets:

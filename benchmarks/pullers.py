@@ -77,7 +77,10 @@ class Server:
         turn = 0
         while not self._ended:
             if sockets[turn].poll(100):
-                zmq_ops.fetch_message(sockets[turn].recv())
+                try:
+                    zmq_ops.fetch_message(sockets[turn].recv())
+                except OSError:
+                    break  # the worker is dead, and the server says why
                 self.counts[rank] += BATCH
                 turn = (turn + 1) % len(sockets)
         for pull_socket in sockets:

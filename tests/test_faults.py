@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import numpy as np
@@ -64,6 +65,13 @@ class Run:
         shutil.rmtree(self.tmp, ignore_errors=True)
 
 
+def find_worker_of_busy_server(run):
+    """A worker whose end the server will only see when the trainer may have missed its batches."""
+    os.kill(run.server, signal.SIGSTOP)
+    threading.Timer(0.7, os.kill, [run.server, signal.SIGCONT]).start()
+    return run.workers[-1]
+
+
 # name: (ranks, whom it hits, by which signal)
 FAULTS = {
     'SIGTERM': (1, lambda run: run.process.pid, signal.SIGTERM),
@@ -71,6 +79,7 @@ FAULTS = {
     'trainer killed': (1, lambda run: run.process.pid, signal.SIGKILL),
     'server killed': (1, lambda run: run.server, signal.SIGKILL),
     'worker killed': (1, lambda run: run.workers[-1], signal.SIGKILL),
+    'worker killed, server busy': (1, find_worker_of_busy_server, signal.SIGKILL),
     'SIGTERM to horovodrun': (2, lambda run: run.process.pid, signal.SIGTERM),
     'SIGTERM to a rank': (2, lambda run: run.trainers[1], signal.SIGTERM),
     'server of two killed': (2, lambda run: run.server, signal.SIGKILL),
@@ -148,8 +157,9 @@ def test_a_rank_that_stops_is_named(ends, rank):
         '\n'.join(errors))
 
 
-def test_a_killed_worker_is_named(ends):
-    code, errors, worker = ends['worker killed'][:3]
+@pytest.mark.parametrize('name', ['worker killed', 'worker killed, server busy'])
+def test_a_killed_worker_is_named(ends, name):
+    code, errors, worker = ends[name][:3]
     assert code == 1
     assert len(errors) == 1 and 'pid {}) was killed by signal 9'.format(worker) in errors[0]
 

@@ -232,9 +232,10 @@ def test_a_worker_waits_until_its_batches_are_read(start):
 
     for expected, read in ((4, 3), (3, 1), (1, 0)):
         frames = []
-        while pull_socket.poll(1000):
+        for _ in range(expected):
+            assert pull_socket.poll(1000 * PATIENCE)
             frames.append(pull_socket.recv())
-        assert len(frames) == len(set(frames)) == expected
+        assert len(set(frames)) == expected and not pull_socket.poll(1000)
         for frame in frames[:read]:
             zmq_ops.fetch_message(frame)
 

@@ -16,6 +16,9 @@ class ZMQPullSocket:
     The sockets belong to the TensorFlow session: they are opened by its first pull, shared by all
     pulls of this object, and closed with the session.
 
+    Messages may be in their frames, or, from the files of ipc end points, in memory that the sender
+    shares (shared.py); keep such files in a folder that only you can enter.
+
     Args:
         end_point: a ZMQ end point such as 'ipc:///tmp/data', or a list of them. From a list of n,
             message number i is read from end point i % n, in strict turns, whichever has one first.
@@ -68,9 +71,9 @@ class ZMQPullSocket:
         Errors when it runs, all naming the end point; after any of them the next pull works:
         InvalidArgumentError for a malformed message or one of another number, type or shape of
         tensors (the message is used up), DeadlineExceededError after `timeout` and CancelledError
-        when the session is closed (neither takes a message away), DataLossError when a message
-        in shared memory cannot be opened (it is used up), FailedPreconditionError when an end point
-        cannot be opened.
+        when the session is closed (neither takes a message away), DataLossError when a message in
+        shared memory cannot be opened (it is used up; a sender that lives has one message less from
+        then on), FailedPreconditionError when an end point cannot be opened.
 
         Returns:
             list of tensors, on the CPU.

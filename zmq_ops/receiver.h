@@ -243,7 +243,8 @@ inline bool Receiver::TryAnswer(Lock* lock) {
     const char* data = static_cast<const char*>(zmq_msg_data(&message.frame));
     size_t size = zmq_msg_size(&message.frame);
 
-    // Only who can enter the folder of an ipc file may have us open what belongs to this user.
+    // A reference has us open what belongs to this user, so it must not come from the network. Who
+    // can make the socket's file can send one: keep it in a folder of your own.
     Reference reference;
     SharedMessage shared;
     std::string error;

@@ -1,6 +1,7 @@
 """Arrays to and from one message, in the wire format of zmq_ops. Needs NumPy only.
 
-A message is one ZMQ frame, native byte order, nothing aligned:
+A message is one ZMQ frame, or lies in shared memory (shared.py), in native byte order, with nothing
+aligned:
 
     int32 n, then n times { int32 dtype, int32 ndim, int32 shape[ndim], int64 nbytes, data }
 

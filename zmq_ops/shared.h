@@ -45,17 +45,17 @@ class SharedMessage {
   std::string Open(const Reference& reference) {
     const std::string folder = "/proc/" + std::to_string(reference.pid) + "/fd/";
     const std::string path = folder + std::to_string(reference.memory);
+    const int flags = O_NONBLOCK | O_CLOEXEC | O_NOCTTY;
     // the pipe first: if the memory is the right one, the pipe was that of the same process
-    released_ = open((folder + std::to_string(reference.released)).c_str(),
-                     O_WRONLY | O_NONBLOCK | O_CLOEXEC);
-    const int memory = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    released_ = open((folder + std::to_string(reference.released)).c_str(), O_WRONLY | flags);
+    const int memory = released_ < 0 ? -1 : open(path.c_str(), O_RDONLY | flags);
     std::string error;
-    struct stat status;
-    if (released_ < 0 || memory < 0 || fstat(memory, &status) != 0) {
+    struct stat pipe, file;
+    if (memory < 0 || fstat(released_, &pipe) != 0 || fstat(memory, &file) != 0) {
       error = std::strerror(errno);
-    } else if (!S_ISREG(status.st_mode) || reference.size <= 0 ||
-               static_cast<int64_t>(status.st_ino) != reference.inode ||
-               status.st_size != reference.size) {
+    } else if (!S_ISFIFO(pipe.st_mode) || !S_ISREG(file.st_mode) || reference.size <= 0 ||
+               static_cast<int64_t>(file.st_ino) != reference.inode ||
+               file.st_size != reference.size) {
       error = "it is something else";
     } else {
       size_ = static_cast<size_t>(reference.size);

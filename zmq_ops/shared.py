@@ -13,6 +13,7 @@ user, and in the same PID namespace (container). It is shared.h for the op, fetc
 Python. Needs NumPy only.
 """
 import collections
+import contextlib
 import ctypes
 import mmap
 import os
@@ -40,7 +41,8 @@ class SharedMessages:
 
     def __init__(self, count):
         self._slots = collections.deque([None] * count, count)  # the oldest first
-        self._released, self._release = os.pipe()
+        self._released, self._release = [os.fdopen(fd, mode, 0)
+                                         for fd, mode in zip(os.pipe(), ('rb', 'wb'))]
 
     def new_message(self, specs):
         """Wait until the receiver has released the oldest message, and make the next in its place.
@@ -58,8 +60,11 @@ class SharedMessages:
         """
         slot = self._slots[0]
         if slot is not None:
-            os.read(self._released, 1)
-        if slot is None or slot.specs != specs:
+            self._released.read(1)
+            self._slots[0] = None
+            if slot.specs != specs:
+                slot = None  # its memory goes before other comes
+        if slot is None:
             slot = self._new_slot(specs)
         self._slots.append(slot)  # and the oldest goes
         return slot.frame, slot.arrays
@@ -75,7 +80,7 @@ class SharedMessages:
                               '{} bytes of shared memory'.format(size)) from error
             return mmap.mmap(file.fileno(), size)
         message, arrays = new_message(specs, allocate)
-        frame = REFERENCE.pack(-1, os.getpid(), file.fileno(), self._release,
+        frame = REFERENCE.pack(-1, os.getpid(), file.fileno(), self._release.fileno(),
                                os.fstat(file.fileno()).st_ino, len(message))
         return _Slot(specs, file, frame, arrays)
 
@@ -91,7 +96,7 @@ def _open_memory():
 
 
 def fetch_message(frame):
-    """Copy the message that a frame is, or refers to, and release it.
+    """Copy the message that a frame refers to, and release it.
 
     Args:
         frame: bytes-like.
@@ -106,12 +111,22 @@ def fetch_message(frame):
     if len(frame) != REFERENCE.size or REFERENCE.unpack(frame)[0] != -1:
         return frame
     _, pid, memory, released, inode, size = REFERENCE.unpack(frame)
-    with open('/proc/{}/fd/{}'.format(pid, released), 'wb', 0) as pipe, \
-            open('/proc/{}/fd/{}'.format(pid, memory), 'rb') as file:
+    with _open_descriptor(pid, released, os.O_WRONLY) as pipe, \
+            _open_descriptor(pid, memory, os.O_RDONLY) as file:
+        is_pipe = stat.S_ISFIFO(os.fstat(pipe.fileno()).st_mode)
         status = os.fstat(file.fileno())
-        if (status.st_ino, status.st_size) != (inode, size) or not stat.S_ISREG(status.st_mode):
+        if not is_pipe or not stat.S_ISREG(status.st_mode) or (
+                status.st_ino, status.st_size) != (inode, size):
             raise OSError('/proc/{}/fd/{} is not the message'.format(pid, memory))
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as message:
             copy = message[:]
-        pipe.write(b'\0')
+        with contextlib.suppress(OSError):  # nobody is there to write over it
+            pipe.write(b'\0')
     return copy
+
+
+def _open_descriptor(pid, number, flags):
+    """A descriptor of another process, as a file; it is neither emptied nor waited for."""
+    path = '/proc/{}/fd/{}'.format(pid, number)
+    return os.fdopen(os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY),
+                     'rb' if flags == os.O_RDONLY else 'wb', 0)
