@@ -29,7 +29,7 @@ demo: env
 	@$(in_env) && python tools/demo.py
 
 # one file for all environments
-build/hue.so: hue.cc
+build/augment.so: augment.cc
 	@mkdir -p build
 	@$${CXX:-g++} -std=c++11 -O3 -Wall -fPIC -shared $< -o $@.$$$$.tmp && mv $@.$$$$.tmp $@
 

@@ -20,7 +20,7 @@ import time
 import cv2
 import numpy as np
 
-HUE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'build', 'hue.so')
+KERNELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'build', 'augment.so')
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 
 
@@ -316,10 +316,8 @@ def digest_images(images):
 
 
 # -------------------------------------------------------------------------------- single operations
-# Each changes an image in place, as PIL's ImageEnhance would but for rounding. PIL truncates where
-# addWeighted rounds: hence BIAS, just short of a half so that whole numbers stay as they are.
+# Each changes an image in place, as PIL's ImageEnhance would. Factors are 0 to 2.
 
-BIAS = -0.498
 MARKERS_WITHOUT_LENGTH = {0x00, 0x01, 0xff, *range(0xd0, 0xda)}
 
 
@@ -370,40 +368,56 @@ def has_end(jpeg):
     return False
 
 
+@functools.lru_cache(maxsize=None)
+def load_kernels():
+    """The functions of augment.cc."""
+    try:
+        kernels = ctypes.CDLL(KERNELS)
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        kernels.scale.argtypes = [pointer, number, ctypes.c_int32, ctypes.c_double]
+        kernels.sum_luma.argtypes, kernels.sum_luma.restype = [pointer, number], ctypes.c_int64
+        kernels.saturate.argtypes = [pointer, number, ctypes.c_double]
+        kernels.turn_hue.argtypes = [pointer, number, ctypes.c_uint16]
+        kernels.blur.argtypes = [pointer, number, number, pointer, number]
+    except (OSError, AttributeError) as error:
+        raise DataError('augment.cc is not built for this machine, run make env: {}'.format(error))
+    return kernels
+
+
+def point_to(image):
+    """What kernels take as the address of an image's pixels, a fourth of the time of image.ctypes.
+
+    Raises:
+        ValueError: the image is not what they can work on.
+    """
+    if not (image.flags.c_contiguous and image.flags.writeable and image.dtype == np.uint8
+            and image.ndim == 3 and image.shape[2] == 3):
+        raise ValueError('this needs a contiguous, writable uint8 [height, width, 3], not {} {}'
+                         .format(image.dtype, image.shape))
+    return ctypes.byref(ctypes.c_char.from_buffer(image))
+
+
 def adjust_brightness(image, factor):
     """Multiply by the factor."""
-    cv2.convertScaleAbs(image, image, factor, BIAS)  # |BIAS| is rounded to 0
+    load_kernels().scale(point_to(image), image.size, 0, factor)
 
 
 def adjust_contrast(image, factor):
     """Move away from the mean of the grayscale image, rounded, by the factor."""
-    mean = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))[0] + 0.5)
-    cv2.addWeighted(image, factor, image, 0, mean * (1 - factor) + BIAS, image)
+    kernels, pixels, count = load_kernels(), point_to(image), image.size // 3
+    mean = int(kernels.sum_luma(pixels, count) / count + 0.5)
+    kernels.scale(pixels, image.size, mean, factor)
 
 
 def adjust_saturation(image, factor):
     """Move away from the grayscale image by the factor."""
-    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    cv2.addWeighted(image, factor, gray, 1 - factor, BIAS, image)
+    load_kernels().saturate(point_to(image), image.size // 3, factor)
 
 
 def adjust_hue(image, shift):
     """Turn the hue circle by `shift` turns."""
     # the official code cuts the shift to whole 255ths of a turn, and takes them for 256ths
-    if not image.flags.c_contiguous:
-        raise ValueError('adjust_hue needs a contiguous image')
-    load_hue()(image.ctypes.data, image.size // 3, (int(shift * 255) & 255) << 8)
-
-
-@functools.lru_cache(maxsize=None)
-def load_hue():
-    """turn_hue() of hue.cc, a function of address, pixels, and shift in 65536ths of a turn."""
-    try:
-        turn_hue = ctypes.CDLL(HUE).turn_hue
-    except (OSError, AttributeError) as error:
-        raise DataError('hue.cc is not built for this machine, run make env: {}'.format(error))
-    turn_hue.argtypes, turn_hue.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint16], None
-    return turn_hue
+    load_kernels().turn_hue(point_to(image), image.size // 3, (int(shift * 255) & 255) << 8)
 
 
 def convert_to_gray(image):
@@ -416,20 +430,21 @@ def blur(image, sigma):
     if sigma < 0.25:
         return  # a neighbour's weight, exp(-1 / 2 sigma^2), is so small that no uint8 changes
     taps = gaussian_taps(sigma)
-    cv2.sepFilter2D(image, -1, taps, taps, image, borderType=cv2.BORDER_REPLICATE)
+    load_kernels().blur(point_to(image), image.shape[0], image.shape[1],
+                        (ctypes.c_uint16 * len(taps))(*taps), len(taps) - 1)
 
 
 def gaussian_taps(sigma):
-    """A kernel of 2 ceil(3 sigma) + 1 taps, float32.
+    """Weights of a pixel and of its neighbours at 1, 2 .. ceil(3 sigma), in 256ths: list of int.
 
-    OpenCV's sepFilter2D, twice as fast as its GaussianBlur, rounds taps for uint8 images to 1/256
-    and leaves their sum off by up to 3/256, which changes brightness. So round here, and correct
-    the middle tap.
+    Rounding leaves the sum of all off by some, which would change brightness: so the middle one,
+    the largest, is corrected.
     """
-    radius = math.ceil(3 * sigma)
-    taps = np.rint(cv2.getGaussianKernel(2 * radius + 1, sigma) * 256)
-    taps[radius] += 256 - taps.sum()
-    return (taps / 256).astype(np.float32)
+    weights = [math.exp(-k * k / (2 * sigma * sigma)) for k in range(math.ceil(3 * sigma) + 1)]
+    total = 2 * sum(weights) - weights[0]
+    taps = [round(256 * weight / total) for weight in weights]
+    taps[0] = 256 - 2 * sum(taps[1:])
+    return taps
 
 
 def flip(image):

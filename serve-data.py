@@ -130,7 +130,7 @@ def main(argv=None):
 def list_images(args):
     """The images to serve; the workers find what they need."""
     if args.task in ('moco-v1', 'moco-v2'):
-        data.load_hue()
+        data.load_kernels()
     labelled = args.task in ('linear', 'eval')
     if args.fake:
         return data.fake_images(args.fake, labelled)

@@ -529,19 +529,73 @@ def test_hue_against_float(steps, count):
     assert (turned.max(2) == image.max(2)).all() and (turned.min(2) == image.min(2)).all()
 
 
-def test_hue_needs_a_contiguous_image():
-    with pytest.raises(ValueError, match='contiguous'):
-        data.adjust_hue(np.zeros([4, 4, 3], np.uint8)[:, ::2], 0.1)
+def all_colours():
+    """Every 5th value of each channel, 0 and 255 among them: uint8 [52, 2704, 3]."""
+    values = np.arange(0, 256, 5, dtype=np.uint8)
+    return np.stack(np.meshgrid(values, values, values, indexing='ij'), 3).reshape(52, -1, 3)
 
 
-def test_hue_that_is_not_built(monkeypatch, tmp_path):
+@pytest.mark.parametrize('percent', [0, 1, 60, 99, 100, 101, 137, 140, 199, 200])
+def test_colour_steps_against_whole_numbers(percent):
+    image = all_colours()
+    wide = image.astype(np.int64)
+    blue, green, red = np.moveaxis(wide, 2, 0)
+    # ITU-R 601 in 2^15ths, rounded, as OpenCV's; and the mean of that, rounded
+    gray = (3735 * blue + 19235 * green + 9798 * red + 2**14) // 2**15
+    np.testing.assert_array_equal(gray, cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
+    mean = (2 * gray.sum() + gray.size) // (2 * gray.size)
+    for adjust, origin in [(data.adjust_brightness, 0), (data.adjust_contrast, mean),
+                           (data.adjust_saturation, gray[:, :, None])]:
+        changed = image.copy()
+        adjust(changed, percent / 100)
+        # // rounds down, so what is cut to 0 does not matter
+        expected = np.clip((100 * origin + percent * (wide - origin)) // 100, 0, 255)
+        np.testing.assert_array_equal(changed, expected, adjust.__name__)
+
+
+OPERATIONS = [(data.adjust_brightness, 0.7), (data.adjust_contrast, 1.3),
+              (data.adjust_saturation, 1.3), (data.adjust_hue, 0.1), (data.blur, 1)]
+
+
+@pytest.mark.parametrize('count', [1, 2, 15, 16, 17, 31, 33, 100])
+def test_a_step_changes_its_image_only(count):
+    for operation, value in OPERATIONS:
+        memory = np.random.RandomState(count).randint(0, 256, (3, 1, count, 3)).astype(np.uint8)
+        before = memory.copy()
+        operation(memory[1], value)
+        np.testing.assert_array_equal(memory[::2], before[::2])
+        # a pixel depends on no other one, but for contrast and blur
+        if operation not in (data.adjust_contrast, data.blur):
+            alone = before[1].copy()
+            for x in range(count):
+                operation(alone[:, x:x + 1].reshape(1, 1, 3), value)
+            np.testing.assert_array_equal(memory[1], alone)
+
+
+@pytest.mark.parametrize('operation, value', OPERATIONS)
+def test_steps_refuse_what_they_would_spoil(operation, value):
+    image = np.full([4, 4, 3], 7, np.uint8)
+    read_only = image.copy()
+    read_only.setflags(write=False)
+    for wrong in (np.zeros([4, 8, 3], np.uint8)[:, ::2], np.zeros([4, 4, 4], np.uint8)[:, :, :3],
+                  np.zeros([4, 4, 4], np.uint8), np.zeros([4, 4], np.uint8),
+                  np.zeros([4, 3], np.uint8), np.zeros([4, 4, 3], np.int8),
+                  np.zeros([4, 4, 3], np.float32), read_only):
+        before = wrong.copy()
+        with pytest.raises(ValueError, match='contiguous'):
+            operation(wrong, value)
+        np.testing.assert_array_equal(wrong, before)
+    operation(image, value)
+
+
+def test_kernels_that_are_not_built(monkeypatch, tmp_path):
     for content in (None, b'not a library'):
         if content:
-            (tmp_path / 'hue.so').write_bytes(content)
-        monkeypatch.setattr(data, 'HUE', str(tmp_path / 'hue.so'))
-        data.load_hue.cache_clear()
-        with pytest.raises(data.DataError, match='hue.cc is not built.*make env.*hue.so'):
-            data.load_hue()
+            (tmp_path / 'augment.so').write_bytes(content)
+        monkeypatch.setattr(data, 'KERNELS', str(tmp_path / 'augment.so'))
+        data.load_kernels.cache_clear()
+        with pytest.raises(data.DataError, match='augment.cc is not built.*make env.*augment.so'):
+            data.load_kernels()
 
 
 def test_gray_and_flip():
@@ -553,11 +607,12 @@ def test_gray_and_flip():
 @pytest.mark.parametrize('sigma', [0.3, 0.5, 0.77, 1, 1.5, 1.76, 2])
 def test_blur(sigma):
     taps = data.gaussian_taps(sigma)
+    assert taps[0] + 2 * sum(taps[1:]) == 256
     radius = int(np.ceil(3 * sigma))
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-offsets**2 / (2 * sigma**2))
     weights /= weights.sum()
-    np.testing.assert_allclose(taps[:, 0], weights, atol=2 / 256)
+    np.testing.assert_allclose(np.array(taps) / 256, weights[radius:], atol=2 / 256)
 
     # no change of brightness, repeated border; an edge gets blurred as by the exact kernel
     image = np.zeros((9, 40, 3), np.uint8)
@@ -569,19 +624,53 @@ def test_blur(sigma):
     assert image[:, 0].max() == 0 and (image[:, -1] == 200).all()
 
 
+@pytest.mark.parametrize('height, width', [
+    (1, 1), (1, 2), (2, 1), (1, 50), (50, 1), (2, 3), (3, 7), (7, 3), (5, 31), (6, 32), (13, 33),
+    (9, 64), (40, 65), (17, 17), (224, 224)])
+@pytest.mark.parametrize('sigma', [0.25, 0.3, 0.6, 1, 1.5, 2, 4.1])
+def test_blur_of_all_sizes_against_taps_and_float(height, width, sigma):
+    rng = np.random.RandomState(height * width)
+    memory = rng.randint(0, 256, (3, height, width, 3)).astype(np.uint8)
+    before = memory.copy()
+    data.blur(memory[1], sigma)
+    np.testing.assert_array_equal(memory[::2], before[::2])  # it does not write outside
+
+    # as with these taps: rounding rows to 128ths, and each product of a column, is off by less than
+    # radius + 2 of them, half the radius of which is made up for
+    taps = data.gaussian_taps(sigma)
+    radius = len(taps) - 1
+    taps = np.array(taps[:0:-1] + taps) / 256
+    exact = np.pad(before[1].astype(float), [(radius, radius), (radius, radius), (0, 0)], 'edge')
+    exact = sum(taps[k] * exact[k:k + height] for k in range(2 * radius + 1))
+    exact = sum(taps[k] * exact[:, k:k + width] for k in range(2 * radius + 1))
+    assert np.abs(memory[1] - exact).max() < 0.5 + (radius + 5) / 256
+    # and as a Gaussian, but for the taps' rounding
+    error = memory[1] - references.float_blur(before[1], sigma)
+    assert np.abs(error).max() < 4.5 and abs(error.mean()) < 0.4
+
+
+@pytest.mark.parametrize('value', [0, 1, 127, 128, 254, 255])
+def test_blur_leaves_flat_images(value):
+    for sigma in (0.25, 0.27, 0.3, 0.5, 1, 2, 3, 9):
+        image = np.full((11, 40, 3), value, np.uint8)
+        data.blur(image, sigma)
+        assert (image == value).all()
+
+
 def test_a_blur_too_small_to_see_is_left_out():
     noise = np.random.RandomState(0).randint(0, 256, (20, 20, 3)).astype(np.uint8)
     exact = cv2.GaussianBlur(noise.astype(np.float64), (3, 3), 0.25,
                              borderType=cv2.BORDER_REPLICATE)
     np.testing.assert_allclose(noise, exact, atol=0.5)
-    image = noise.copy()
-    data.blur(image, 0.249)
-    np.testing.assert_array_equal(image, noise)
+    for sigma in (0, 0.249, 0.26):  # rounded, the taps of the last one leave all as it is
+        image = noise.copy()
+        data.blur(image, sigma)
+        np.testing.assert_array_equal(image, noise)
 
 
 @pytest.mark.parametrize('size', [1, 7, 32, 33, 224])
 def test_in_place_is_like_out_of_place(size):
-    # OpenCV's vectorised loops must not read again what they have written
+    # vectorised loops must not read again what they have written
     image = np.random.RandomState(size).randint(0, 256, (size, size, 3)).astype(np.uint8)
     gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     gray3 = np.repeat(gray[:, :, None], 3, axis=2)

@@ -342,7 +342,7 @@ case "$1 $2" in
 esac
 """
 FAKE_MAKE = """
-if [ "$1" = build/hue.so ]; then mkdir -p build; touch build/hue.so; exit; fi
+if [ "$1" = build/augment.so ]; then mkdir -p build; touch build/augment.so; exit; fi
 eval "python=${3#PYTHON=}"
 echo "op $(basename "$(dirname "$(dirname "$python")")")" >> "$CALLS"
 version=$(sed -n 's/^[a-z-]*tensorflow[^=]*==//p' "$(dirname "$python")/../requirements")
@@ -362,7 +362,7 @@ class Clone:
         for directory in (self.path / "tools", self._bin):
             directory.mkdir(parents=True)
         for name in ("requirements.txt", "requirements-cpu.txt", "requirements-tf2.txt",
-                     "Makefile", "tools/make_env.sh", "hue.cc", "zmq_ops"):
+                     "Makefile", "tools/make_env.sh", "augment.cc", "zmq_ops"):
             copy = shutil.copytree if name == "zmq_ops" else shutil.copy
             copy(os.path.join(ROOT, name), str(self.path / name))
         shutil.rmtree(str(self.path / "zmq_ops" / "build"), ignore_errors=True)
