@@ -152,7 +152,9 @@ KERNEL void blur(uint8_t* pixels, int64_t height, int64_t width, const uint16_t*
         for (int i = 0; i < kBlock; ++i) sum[i] = taps[0] * padded[x + i];
         for (int64_t k = 1; k <= radius; ++k) {
           const Word *const left = padded + x - 3 * k, *const right = padded + x + 3 * k;
-          for (int i = 0; i < kBlock; ++i) sum[i] += taps[k] * static_cast<Word>(left[i] + right[i]);
+          for (int i = 0; i < kBlock; ++i) {
+            sum[i] += taps[k] * static_cast<Word>(left[i] + right[i]);
+          }
         }
         for (int i = 0; i < kBlock; ++i) out[x + i] = sum[i] / 2;
       }
