@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """From a JPEG to the two views of MoCo: data.py against the same by tensorpack's augmentors.
 
-    python benchmarks/augment.py --data /path/to/imagenet    # 200 images; half a minute
+    python benchmarks/augment.py --data /path/to/imagenet    # 200 images; a minute
 
 Both decode an image once, with the same OpenCV, and make its two views of 224 pixels on one core,
 ours in a process that is set up as a data worker is. tensorpack's colour steps run in float32, as
@@ -39,10 +39,13 @@ class Clock:
 
     def __init__(self):
         self.seconds = collections.Counter()
+        self.by_stage = False
 
     def time(self, stage, function):
         """The function, timed."""
         def timed(*args):
+            if not self.by_stage:
+                return function(*args)
             start = time.process_time()
             result = function(*args)
             self.seconds[stage] += time.process_time() - start
@@ -110,7 +113,13 @@ def time_rounds(connection, paths, create, *args):
     while True:
         connection.recv()
         clock.seconds.clear()
-        clock.time('total', side.make_all)(paths)
+        # asking for the time by stage takes 1 % of ours
+        clock.by_stage = True
+        side.make_all(paths)
+        clock.by_stage = False
+        start = time.process_time()
+        side.make_all(paths)
+        clock.seconds['total'] = time.process_time() - start
         connection.send([1000 * clock.seconds[column] / len(paths) for column in COLUMNS])
 
 
