@@ -316,8 +316,9 @@ def digest_images(images):
 
 
 # -------------------------------------------------------------------------------- single operations
-# Each changes an image in place, as PIL's ImageEnhance would. Factors are 0 to 2.
+# Each changes an image in place, as PIL's ImageEnhance would.
 
+JITTER = ('brightness', 'contrast', 'saturation', 'hue')
 MARKERS_WITHOUT_LENGTH = {0x00, 0x01, 0xff, *range(0xd0, 0xda)}
 
 
@@ -374,10 +375,7 @@ def load_kernels():
     try:
         kernels = ctypes.CDLL(KERNELS)
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        kernels.scale.argtypes = [pointer, number, ctypes.c_int32, ctypes.c_double]
-        kernels.sum_luma.argtypes, kernels.sum_luma.restype = [pointer, number], ctypes.c_int64
-        kernels.saturate.argtypes = [pointer, number, ctypes.c_double]
-        kernels.turn_hue.argtypes = [pointer, number, ctypes.c_uint16]
+        kernels.jitter.argtypes = [pointer, number, pointer, pointer, number]
         kernels.blur.argtypes = [pointer, number, number, pointer, number]
     except (OSError, AttributeError) as error:
         raise DataError('augment.cc is not built for this machine, run make env: {}'.format(error))
@@ -397,27 +395,17 @@ def point_to(image):
     return ctypes.byref(ctypes.c_char.from_buffer(image))
 
 
-def adjust_brightness(image, factor):
-    """Multiply by the factor."""
-    load_kernels().scale(point_to(image), image.size, 0, factor)
+def jitter(image, steps):
+    """Change colours, step by step, cutting to uint8 after each.
 
-
-def adjust_contrast(image, factor):
-    """Move away from the mean of the grayscale image, rounded, by the factor."""
-    kernels, pixels, count = load_kernels(), point_to(image), image.size // 3
-    mean = int(kernels.sum_luma(pixels, count) / count + 0.5)
-    kernels.scale(pixels, image.size, mean, factor)
-
-
-def adjust_saturation(image, factor):
-    """Move away from the grayscale image by the factor."""
-    load_kernels().saturate(point_to(image), image.size // 3, factor)
-
-
-def adjust_hue(image, shift):
-    """Turn the hue circle by `shift` turns."""
-    # the official code cuts the shift to whole 255ths of a turn, and takes them for 256ths
-    load_kernels().turn_hue(point_to(image), image.size // 3, (int(shift * 255) & 255) << 8)
+    Args:
+        steps: list of (name, value), the names being of JITTER: brightness, contrast and saturation
+            move colours away from black, from the rounded mean of the grayscale image and from that
+            image itself by a factor of 0 to 2, and hue turns its circle by so many turns.
+    """
+    kinds = (ctypes.c_int32 * len(steps))(*[JITTER.index(name) for name, _ in steps])
+    values = (ctypes.c_double * len(steps))(*[value for _, value in steps])
+    load_kernels().jitter(point_to(image), image.size // 3, kinds, values, len(steps))
 
 
 def convert_to_gray(image):
@@ -489,12 +477,12 @@ def sample_jitter(rng, brightness, contrast, saturation, hue):
     """Sample colour jitter: factors uniform in 1 +- strength, a shift of hue in +- hue turns.
 
     Returns:
-        list of (function, value) in the order in which to apply them, a random one.
+        list of (name, value) for jitter(), in a random order.
     """
-    steps = ((adjust_brightness, 1 + brightness * (2 * rng.random() - 1)),
-             (adjust_contrast, 1 + contrast * (2 * rng.random() - 1)),
-             (adjust_saturation, 1 + saturation * (2 * rng.random() - 1)),
-             (adjust_hue, hue * (2 * rng.random() - 1)))
+    steps = (('brightness', 1 + brightness * (2 * rng.random() - 1)),
+             ('contrast', 1 + contrast * (2 * rng.random() - 1)),
+             ('saturation', 1 + saturation * (2 * rng.random() - 1)),
+             ('hue', hue * (2 * rng.random() - 1)))
     return [steps[i] for i in ORDERS[int(rng.random() * len(ORDERS))]]
 
 
@@ -513,9 +501,7 @@ def moco_v1_view(image, out, rng, area=(0.2, 1)):
     random_resized_crop(image, out, rng, area)
     if rng.random() < 0.2:
         convert_to_gray(out)
-    jitter = sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
-    for adjust, value in jitter:
-        adjust(out, value)
+    jitter(out, sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4))
     if rng.random() < 0.5:
         flip(out)
 
@@ -524,9 +510,7 @@ def moco_v2_view(image, out, rng, area=(0.2, 1)):
     """Fill `out` with a view of MoCo v2."""
     random_resized_crop(image, out, rng, area)
     if rng.random() < 0.8:
-        jitter = sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-        for adjust, value in jitter:
-            adjust(out, value)
+        jitter(out, sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1))
     if rng.random() < 0.2:
         convert_to_gray(out)
     if rng.random() < 0.5:

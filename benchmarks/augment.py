@@ -29,8 +29,7 @@ import data  # noqa: E402
 SIZE = 224
 # what of data.py counts as what; a view's flip and random numbers only count in the total
 STAGES = {'decode': ['decode_image'], 'crop': ['random_resized_crop'], 'blur': ['blur'],
-          'colour': ['adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'adjust_hue',
-                     'convert_to_gray']}
+          'colour': ['jitter', 'convert_to_gray']}
 COLUMNS = ['decode', 'crop', 'colour', 'blur', 'total']
 
 

@@ -50,9 +50,8 @@ def notebook_view(image, out, rng, area):
     if rng.random() < 0.5:
         data.flip(out)
     if rng.random() < 0.8:
-        jitter = data.sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-        for adjust, value in jitter:
-            adjust(out, value)
+        data.jitter(out, data.sample_jitter(
+            rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1))
     if rng.random() < 0.2:
         data.convert_to_gray(out)
 

@@ -31,10 +31,10 @@ def turn_hue(picture, shift):
 
 # names are those of data.py: (PIL image, value) -> PIL image
 PIL_STEPS = {
-    'adjust_brightness': lambda picture, factor: ImageEnhance.Brightness(picture).enhance(factor),
-    'adjust_contrast': lambda picture, factor: ImageEnhance.Contrast(picture).enhance(factor),
-    'adjust_saturation': lambda picture, factor: ImageEnhance.Color(picture).enhance(factor),
-    'adjust_hue': turn_hue,
+    'brightness': lambda picture, factor: ImageEnhance.Brightness(picture).enhance(factor),
+    'contrast': lambda picture, factor: ImageEnhance.Contrast(picture).enhance(factor),
+    'saturation': lambda picture, factor: ImageEnhance.Color(picture).enhance(factor),
+    'hue': turn_hue,
     'convert_to_gray': lambda picture: picture.convert('L').convert('RGB'),
 }
 
@@ -56,11 +56,11 @@ def float_step(name, image, value):
     """A step of the colour jitter on a float64 image, cut to 0..255 but not rounded."""
     image = image.astype(np.float64)
     gray = (image @ [0.114, 0.587, 0.299])[:, :, None]
-    if name == 'adjust_hue':
+    if name == 'hue':
         hsv = cv2.cvtColor((image / 255).astype(np.float32), cv2.COLOR_BGR2HSV)  # 0..360 degrees
         hsv[:, :, 0] = (hsv[:, :, 0] + 360 * value) % 360
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR) * 255.
-    origin = {'adjust_brightness': 0, 'adjust_contrast': gray.mean(), 'adjust_saturation': gray}
+    origin = {'brightness': 0, 'contrast': gray.mean(), 'saturation': gray}
     return np.clip(origin[name] + value * (image - origin[name]), 0, 255)
 
 

@@ -468,6 +468,16 @@ def test_the_next_readable_image_takes_the_place(tmp_path):
 
 # ------------------------------------------------------------------------------ single operations
 
+def step_of(name):
+    """One step of the jitter, as an operation of its own."""
+    def step(image, value):
+        data.jitter(image, [(name, value)])
+    return step
+
+
+adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue = map(step_of, data.JITTER)
+
+
 def adjusted(operation, pixels, value=None):
     """What an operation makes of a row of BGR pixels."""
     image = np.array([pixels], np.uint8)
@@ -480,27 +490,27 @@ def adjusted(operation, pixels, value=None):
 
 def test_brightness():
     # truncated, as PIL does: 100 * 1.1, 99 * 1.1 = 108.9, 240 * 1.1 = 264
-    assert adjusted(data.adjust_brightness, [[100, 99, 240]], 1.1) == [[110, 108, 255]]
-    assert adjusted(data.adjust_brightness, [[100, 99, 0]], 0.6) == [[60, 59, 0]]
+    assert adjusted(adjust_brightness, [[100, 99, 240]], 1.1) == [[110, 108, 255]]
+    assert adjusted(adjust_brightness, [[100, 99, 0]], 0.6) == [[60, 59, 0]]
 
 
 def test_contrast():
     # luma of gray pixels 10, 20, 90, 100 is themselves: mean 55
     gray = [[v] * 3 for v in (10, 20, 90, 100)]
-    assert adjusted(data.adjust_contrast, gray, 0.5) == [[v] * 3 for v in (32, 37, 72, 77)]
+    assert adjusted(adjust_contrast, gray, 0.5) == [[v] * 3 for v in (32, 37, 72, 77)]
     # 55 + 1.4 * (v - 55): -8, 6, 104, 118
-    assert adjusted(data.adjust_contrast, gray, 1.4) == [[v] * 3 for v in (0, 6, 104, 118)]
+    assert adjusted(adjust_contrast, gray, 1.4) == [[v] * 3 for v in (0, 6, 104, 118)]
     # the mean is rounded: of 10, 11 it is 10.5 -> 11, and of the luma: 0.114 B of blue 200 is 22.8
-    assert adjusted(data.adjust_contrast, [[10] * 3, [11] * 3], 0) == [[11] * 3] * 2
-    assert adjusted(data.adjust_contrast, [[200, 0, 0]], 0) == [[23] * 3]
+    assert adjusted(adjust_contrast, [[10] * 3, [11] * 3], 0) == [[11] * 3] * 2
+    assert adjusted(adjust_contrast, [[200, 0, 0]], 0) == [[23] * 3]
 
 
 def test_saturation():
     # luma of B 50, G 100, R 200: 0.114 * 50 + 0.587 * 100 + 0.299 * 200 = 124.2 -> 124
-    assert adjusted(data.adjust_saturation, [[50, 100, 200]], 0) == [[124] * 3]
-    assert adjusted(data.adjust_saturation, [[50, 100, 200]], 0.5) == [[87, 112, 162]]
+    assert adjusted(adjust_saturation, [[50, 100, 200]], 0) == [[124] * 3]
+    assert adjusted(adjust_saturation, [[50, 100, 200]], 0.5) == [[87, 112, 162]]
     # 124 + 1.4 * (v - 124) = 20.4, 90.4, 230.4
-    assert adjusted(data.adjust_saturation, [[50, 100, 200]], 1.4) == [[20, 90, 230]]
+    assert adjusted(adjust_saturation, [[50, 100, 200]], 1.4) == [[20, 90, 230]]
 
 
 @pytest.mark.parametrize('shift, expected', [
@@ -510,7 +520,7 @@ def test_saturation():
 ])
 def test_hue(shift, expected):
     # red, green, blue follow each other at thirds of the circle; gray has no hue
-    got = adjusted(data.adjust_hue, [[0, 0, 255], [0, 255, 0], [255, 0, 0], [77, 77, 77]], shift)
+    got = adjusted(adjust_hue, [[0, 0, 255], [0, 255, 0], [255, 0, 0], [77, 77, 77]], shift)
     # one of 256 steps of the circle is up to 6 of 255
     np.testing.assert_allclose(got, expected, atol=12)
 
@@ -521,8 +531,8 @@ def test_hue_against_float(steps, count):
     image = np.random.RandomState(0).randint(0, 256, [1, count, 3]).astype(np.uint8)
     image[0, 0] = 0, 255, 255  # two channels are the largest
     turned = image.copy()
-    data.adjust_hue(turned, (steps + 0.5) / 255)  # cut to steps, which are 256ths then
-    expected = references.float_step('adjust_hue', image, steps / 256)
+    adjust_hue(turned, (steps + 0.5) / 255)  # cut to steps, which are 256ths then
+    expected = references.float_step('hue', image, steps / 256)
     assert np.abs(turned - expected).max() < 0.75  # rounded once from eighths
     assert steps or (turned == image).all()
     # value and saturation stay
@@ -544,17 +554,17 @@ def test_colour_steps_against_whole_numbers(percent):
     gray = (3735 * blue + 19235 * green + 9798 * red + 2**14) // 2**15
     np.testing.assert_array_equal(gray, cv2.cvtColor(image, cv2.COLOR_BGR2GRAY))
     mean = (2 * gray.sum() + gray.size) // (2 * gray.size)
-    for adjust, origin in [(data.adjust_brightness, 0), (data.adjust_contrast, mean),
-                           (data.adjust_saturation, gray[:, :, None])]:
+    for adjust, origin in [(adjust_brightness, 0), (adjust_contrast, mean),
+                           (adjust_saturation, gray[:, :, None])]:
         changed = image.copy()
         adjust(changed, percent / 100)
         # // rounds down, so what is cut to 0 does not matter
         expected = np.clip((100 * origin + percent * (wide - origin)) // 100, 0, 255)
-        np.testing.assert_array_equal(changed, expected, adjust.__name__)
+        np.testing.assert_array_equal(changed, expected, str(origin))
 
 
-OPERATIONS = [(data.adjust_brightness, 0.7), (data.adjust_contrast, 1.3),
-              (data.adjust_saturation, 1.3), (data.adjust_hue, 0.1), (data.blur, 1)]
+OPERATIONS = [(adjust_brightness, 0.7), (adjust_contrast, 1.3),
+              (adjust_saturation, 1.3), (adjust_hue, 0.1), (data.blur, 1)]
 
 
 @pytest.mark.parametrize('count', [1, 2, 15, 16, 17, 31, 33, 100])
@@ -565,7 +575,7 @@ def test_a_step_changes_its_image_only(count):
         operation(memory[1], value)
         np.testing.assert_array_equal(memory[::2], before[::2])
         # a pixel depends on no other one, but for contrast and blur
-        if operation not in (data.adjust_contrast, data.blur):
+        if operation not in (adjust_contrast, data.blur):
             alone = before[1].copy()
             for x in range(count):
                 operation(alone[:, x:x + 1].reshape(1, 1, 3), value)
@@ -678,9 +688,9 @@ def test_in_place_is_like_out_of_place(size):
     mean = int(gray.mean() + 0.5)
     truncate = np.vectorize(lambda v: int(min(255, max(0, v + 1e-3))), otypes=[np.int32])
     for operation, value, expected in [
-            (data.adjust_brightness, 1.37, truncate(image * 1.37)),
-            (data.adjust_contrast, 1.37, truncate(mean + (image - float(mean)) * 1.37)),
-            (data.adjust_saturation, 1.37, truncate(gray3 + (image - gray3.astype(float)) * 1.37)),
+            (adjust_brightness, 1.37, truncate(image * 1.37)),
+            (adjust_contrast, 1.37, truncate(mean + (image - float(mean)) * 1.37)),
+            (adjust_saturation, 1.37, truncate(gray3 + (image - gray3.astype(float)) * 1.37)),
             (data.convert_to_gray, None, gray3),
             (data.flip, None, image[:, ::-1])]:
         changed = image.copy()
@@ -710,14 +720,13 @@ def test_sample_jitter():
     orders, values = set(), {}
     for _ in range(2000):
         jitter = data.sample_jitter(rng, 0.4, 0.3, 0.2, 0.1)
-        orders.add(tuple(function.__name__ for function, _ in jitter))
-        for function, value in jitter:
-            values.setdefault(function, []).append(value)
+        orders.add(tuple(name for name, _ in jitter))
+        for name, value in jitter:
+            values.setdefault(name, []).append(value)
     assert len(orders) == 24
-    for function, low, high in [(data.adjust_brightness, 0.6, 1.4),
-                                (data.adjust_contrast, 0.7, 1.3),
-                                (data.adjust_saturation, 0.8, 1.2), (data.adjust_hue, -0.1, 0.1)]:
-        low_seen, high_seen = min(values[function]), max(values[function])
+    for name, low, high in [('brightness', 0.6, 1.4), ('contrast', 0.7, 1.3),
+                            ('saturation', 0.8, 1.2), ('hue', -0.1, 0.1)]:
+        low_seen, high_seen = min(values[name]), max(values[name])
         assert low <= low_seen < low + 0.01 and high - 0.01 < high_seen <= high
 
 
@@ -762,7 +771,7 @@ def test_order_of_v1(photo):
     np.testing.assert_array_equal(flipped, plain[:, ::-1])
     # hue 0.4: a shift of +0.4 turns
     expected = photo.copy()
-    data.adjust_hue(expected, 0.4)
+    adjust_hue(expected, 0.4)
     turned = draw(data.moco_v1_view, photo, WHOLE + [0.5] + [0.5, 0.5, 0.5, 1, 0] + [0.9])
     np.testing.assert_allclose(turned, expected, atol=3)
 
@@ -773,10 +782,10 @@ def test_order_of_v2(photo):
     everything = draw(data.moco_v2_view, photo,
                       WHOLE + [0.79] + jitter + [0.19] + [0.49, 1] + [0.49])
     expected = photo.copy()
-    data.adjust_hue(expected, -0.1)
-    data.adjust_saturation(expected, 1.4)
-    data.adjust_contrast(expected, 0.8)
-    data.adjust_brightness(expected, 1.2)
+    adjust_hue(expected, -0.1)
+    adjust_saturation(expected, 1.4)
+    adjust_contrast(expected, 0.8)
+    adjust_brightness(expected, 1.2)
     data.convert_to_gray(expected)
     data.blur(expected, 2.0 * 32 / 224)
     np.testing.assert_array_equal(everything, expected[:, ::-1])

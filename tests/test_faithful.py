@@ -54,17 +54,20 @@ def pictures():
 FACTORS = [0.6, 0.85, 1, 1.2, 1.4]
 # data.py's name -> (values, tensorpack's augmentor)
 COLOUR_STEPS = {
-    'adjust_brightness': (FACTORS, imgaug.BrightnessScale((0.6, 1.4))),
-    'adjust_contrast': (FACTORS, imgaug.Contrast((0.6, 1.4), rgb=False)),
-    'adjust_saturation': (FACTORS, imgaug.Saturation(0.4, rgb=False)),
-    'adjust_hue': ([-0.4, -0.25, -0.1, -0.03, 0, 0.03, 0.1, 0.25, 0.4], imgaug.Hue(rgb=False)),
+    'brightness': (FACTORS, imgaug.BrightnessScale((0.6, 1.4))),
+    'contrast': (FACTORS, imgaug.Contrast((0.6, 1.4), rgb=False)),
+    'saturation': (FACTORS, imgaug.Saturation(0.4, rgb=False)),
+    'hue': ([-0.4, -0.25, -0.1, -0.03, 0, 0.03, 0.1, 0.25, 0.4], imgaug.Hue(rgb=False)),
     'convert_to_gray': ([None], None),
 }
 
 
 def apply_step(name, image, *value):
     changed = image.copy()
-    getattr(data, name)(changed, *value)
+    if name in data.JITTER:
+        data.jitter(changed, [(name, *value)])
+    else:
+        getattr(data, name)(changed, *value)
     return changed
 
 
@@ -75,7 +78,7 @@ def measure_step(name, image, value):
     from_tensorpack = 0.
     if augmentor:
         # OpenCV counts half degrees
-        theirs = augmentor._augment(image, value[0] * (180 if name == 'adjust_hue' else 1))
+        theirs = augmentor._augment(image, value[0] * (180 if name == 'hue' else 1))
         from_tensorpack = mean_difference(ours, theirs)
     return mean_difference(ours, references.pil_step(name, image, *value)), from_tensorpack
 
@@ -85,7 +88,7 @@ def test_colour_steps_against_pil_and_tensorpack(pictures, name):
     # a step of hue is 1/255 of the circle in PIL, 1/256 here and 1/180 in tensorpack: one is up to
     # 6 of 255 in one channel, and tensorpack cuts downwards where PIL and data.py cut towards zero.
     # Else only rounding differs: 0.5 in tensorpack's mean for contrast.
-    limits = (1, 2) if name == 'adjust_hue' else (0.05, 0.25)
+    limits = (1, 2) if name == 'hue' else (0.05, 0.25)
     for key, image in pictures.items():
         for value in COLOUR_STEPS[name][0]:
             got = measure_step(name, image, value)
@@ -125,8 +128,8 @@ def test_decoding_turns_as_exif_says(tmp_path):
 # ----------------------------------------------------------------------- parameters of random views
 
 # a letter for each step, as it is noted down
-LETTERS = {'adjust_brightness': 'b', 'adjust_contrast': 'c', 'adjust_saturation': 's',
-           'adjust_hue': 'h', 'convert_to_gray': 'G', 'blur': 'B', 'flip': 'F'}
+LETTERS = {'brightness': 'b', 'contrast': 'c', 'saturation': 's',
+           'hue': 'h', 'convert_to_gray': 'G', 'blur': 'B', 'flip': 'F'}
 STEPS = {letter: name for name, letter in LETTERS.items()}
 JITTER = '[bcsh]{4}'
 # the steps after the crop, in the recipes' order
@@ -166,9 +169,18 @@ def note_views(monkeypatch, change_pixels):
                 function(image, *value)
         return step
 
+    def note_jitter(image, steps):
+        for name, value in steps:
+            note_step(LETTERS[name], lambda *_: None)(image, value)
+        if change_pixels:
+            jitter(image, steps)
+
+    jitter = data.jitter
+    monkeypatch.setattr(data, 'jitter', note_jitter)
     monkeypatch.setattr(data, 'sample_crop', note_crop)
     for name, letter in LETTERS.items():
-        monkeypatch.setattr(data, name, note_step(letter, getattr(data, name)))
+        if name not in data.JITTER:
+            monkeypatch.setattr(data, name, note_step(letter, getattr(data, name)))
     if not change_pixels:
         monkeypatch.setattr(data, 'random_resized_crop', lambda image, out, rng, area:
                             data.sample_crop(rng, image.shape[0], image.shape[1], area))
@@ -353,11 +365,11 @@ def test_statistics_against_tables():
 
 
 @pytest.mark.parametrize('task, name, probability', [
-    ('moco-v1', 'convert_to_gray', 0.2), ('moco-v1', 'adjust_hue', 1), ('moco-v1', 'blur', 0),
+    ('moco-v1', 'convert_to_gray', 0.2), ('moco-v1', 'hue', 1), ('moco-v1', 'blur', 0),
     ('moco-v1', 'flip', 0.5),
-    ('moco-v2', 'convert_to_gray', 0.2), ('moco-v2', 'adjust_hue', 0.8), ('moco-v2', 'blur', 0.5),
+    ('moco-v2', 'convert_to_gray', 0.2), ('moco-v2', 'hue', 0.8), ('moco-v2', 'blur', 0.5),
     ('moco-v2', 'flip', 0.5),
-    ('linear', 'convert_to_gray', 0), ('linear', 'adjust_hue', 0), ('linear', 'blur', 0),
+    ('linear', 'convert_to_gray', 0), ('linear', 'hue', 0), ('linear', 'blur', 0),
     ('linear', 'flip', 0.5)])
 def test_probabilities(samples, task, name, probability):
     column = samples[task].columns[name]
@@ -556,16 +568,17 @@ def test_differences_from_the_official_code(pictures, monkeypatch):
     middle = crop(0.7)
     for name, (values, _) in COLOUR_STEPS.items():
         worst = max(measure_step(name, middle, value)[0] for value in values)
-        hue = name == 'adjust_hue'
+        hue = name == 'hue'
         add_line(name.replace('_', ' ') + (' in 256ths of a turn' if hue else ''),
                  'in 255ths' if hue else 'same', 'at most {:.3f}', worst)
         assert worst < (1 if hue else 0.05)
     rng, rounding = random.Random(0), []
     for _ in range(50):
         by_step, at_once = middle.copy(), middle.astype(float)
-        for function, value in data.sample_jitter(rng, 0.4, 0.4, 0.4, 0.1):
-            function(by_step, value)
-            at_once = references.float_step(function.__name__, at_once, value)
+        steps = data.sample_jitter(rng, 0.4, 0.4, 0.4, 0.1)
+        data.jitter(by_step, steps)
+        for name, value in steps:
+            at_once = references.float_step(name, at_once, value)
         rounding.append(mean_difference(by_step, at_once))
     add_line('colour jitter in uint8, truncated after each step', 'same',
              '{:.2f} from float64, never rounded', statistics.mean(rounding))
