@@ -9,8 +9,8 @@ frame that no message of zmq_ops can be, in native byte order:
 `memory` and `released` are descriptors of the process pid: of the file, whose inode and size tell
 that it is the right one, and of a pipe, into which the receiver writes a byte when it needs the
 message no more. The receiver opens them under /proc, so it must be on the same host, of the same
-user, and in the same PID namespace (container). It is shared.h for the op, fetch_message() for
-Python. Needs NumPy only.
+user, and in the same PID namespace (container). Its side is shared.h for the op, and
+fetch_message() for Python. Needs NumPy only.
 """
 import collections
 import contextlib
