@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """From JPEGs to training steps: what main_moco.py makes of its two sides.
 
-    python benchmarks/end_to_end.py --data /path/to/imagenet    # ResNet-50; 5 minutes on 2 cores
+    python benchmarks/end_to_end.py --data /path/to/imagenet    # ResNet-50; 13 minutes on 2 cores
     python benchmarks/end_to_end.py --data DIR -- --v2 --depth 18 --image-size 64 --batch 64
 
 In turns: images/s of the data server alone (serve-data.py --benchmark), of training alone
