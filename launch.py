@@ -191,7 +191,7 @@ class Ending:
         self.reason = self.asked = self.session = self.resumable = self.marker = None
         self.code, self.steps_begun = 1, 0
         self._overdue = self._unmarked = False
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), threading.Event()
 
     def watch_signals(self):
         """Watch for SIGTERM and SIGINT; call it in the main thread."""
@@ -261,20 +261,28 @@ class Ending:
         """Say why, unless it has been said, close the session, and let the main thread go within
         `grace` seconds; the first call wins."""
         with self._lock:
-            if self.reason is not None:
-                return
-            self.reason, self.code = reason, code
+            is_first = self.reason is None
+            if is_first:
+                self.reason, self.code = reason, code
+        if not is_first:
+            self._closed.wait()
+            return
         timer = threading.Timer(grace, os._exit, [code])
         timer.daemon = True
         timer.start()  # first: whoever reads standard error may have stopped
         if not said:
             with contextlib.suppress(OSError):  # horovodrun, who reads it, may be gone
                 print('rank {}: {}'.format(this_rank(), reason), file=sys.stderr, flush=True)
-        if self.session is not None:
-            self.session.close()
+        try:
+            if self.session is not None:
+                self.session.close()
+        finally:
+            self._closed.set()
 
     def exit_if_ended(self):
         if self.reason is not None:
+            # Python, when it exits, aborts if another thread is in TensorFlow
+            self._closed.wait()
             sys.exit(self.code)
 
     @contextlib.contextmanager
