@@ -297,9 +297,7 @@ class Ending:
                 raise
             if isinstance(error, tf.errors.DataLossError):
                 # a batch went with the worker that made it: the server is about to say why
-                deadline = time.monotonic() + SERVER_PATIENCE
-                while self.reason is None and time.monotonic() < deadline:
-                    time.sleep(0.02)
+                self._closed.wait(SERVER_PATIENCE)
                 self.exit_if_ended()
             self.end('{}: {}'.format(what, checkpoints.tell_error(error)))
             sys.exit(self.code)
@@ -492,7 +490,7 @@ class BoundedPass:
             'task': 'eval', 'data': data, 'split': split, 'image-size': image_size, 'batch': batch,
         }, ending, num_workers)
         pull = zmq_ops.ZMQPullSocket(
-            self._server.end_points, [tf.uint8, tf.int32], hwm=1, bind=False,
+            self._server.end_points, [tf.uint8, tf.int32], bind=False,
             shapes=[[None, image_size, image_size, 3], [None]], timeout=ending.stall_limit)
         self.images, self.labels = pull.pull()
 

@@ -47,7 +47,7 @@ import data
 import zmq_ops
 
 # Memory is bounded: a worker has so many batches, the one that it makes and those that its trainer
-# has not read yet; a trainer holds as many as it wants.
+# has not read yet.
 BATCHES_PER_WORKER = 4
 LINGER = 10  # seconds that an ended server waits for trainers that have not yet heard why
 MAX_SOCKET_PATH = 107  # bytes: sockaddr_un has 108 with the final zero
@@ -580,7 +580,6 @@ def measure_rate(folder, ranks, workers_per_rank, connection):
         sockets = []
         for number in range(workers_per_rank):
             pull_socket = context.socket(zmq.PULL)
-            pull_socket.set(zmq.RCVHWM, 1)
             pull_socket.set(zmq.LINGER, 0)
             pull_socket.connect('ipc://' + socket_path(folder, ranks[i], number))
             sockets.append(pull_socket)

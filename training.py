@@ -356,7 +356,7 @@ class PullInput(TensorInput):
     def _setup(self, signature):
         super()._setup(signature)
         self._socket = zmq_ops.ZMQPullSocket(
-            self._end_points, [s.dtype for s in signature], hwm=1, bind=False,
+            self._end_points, [s.dtype for s in signature], bind=False,
             shapes=[s.shape for s in signature], timeout=self._timeout)
 
     def waited(self):

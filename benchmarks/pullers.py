@@ -71,7 +71,6 @@ class Server:
         sockets = []
         for worker in range(self.num_workers):
             sockets.append(self._context.socket(zmq.PULL))
-            sockets[-1].set(zmq.RCVHWM, 1)
             sockets[-1].set(zmq.LINGER, 0)
             sockets[-1].connect('ipc://{}/rank{}-worker{}'.format(self._folder, rank, worker))
         turn = 0

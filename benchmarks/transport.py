@@ -71,7 +71,7 @@ def serve_ours(workers, ending):
     server = launch.DataServer(launch.private_folder(), {
         'task': 'moco-v2', 'fake': 1281167, 'batch': BATCH, 'image-size': SIZE}, ending, workers)
     server.start()
-    yield dict(end_point=server.end_points, hwm=1, bind=False)
+    yield dict(end_point=server.end_points, bind=False)
     server.stop()
 
 

@@ -107,7 +107,6 @@ def fetch_message(frame):
     Raises:
         OSError: the sender is gone, or cannot be seen.
     """
-    frame = bytes(frame) if len(frame) == REFERENCE.size else frame
     if len(frame) != REFERENCE.size or REFERENCE.unpack(frame)[0] != -1:
         return frame
     _, pid, memory, released, inode, size = REFERENCE.unpack(frame)
