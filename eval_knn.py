@@ -1,23 +1,27 @@
 #!/usr/bin/env python
-"""kNN classification with frozen features: what a pre-training run has learned,
-in minutes and without a classifier.
+"""kNN classification with frozen features: what a pre-training run has learned, in minutes and
+without a classifier.
 
     ./eval_knn.py --load train_log/moco_v2 --data /path/to/imagenet        # the newest checkpoint
-    ./eval_knn.py --load train_log/moco_v2 --data /path/to/imagenet --all  # every checkpoint
-                                                                           # of the folder
+    ./eval_knn.py --load train_log/moco_v2 --data /path/to/imagenet --all  # all of its checkpoints
     horovodrun -np 8 python eval_knn.py --load MoCo_v2.npz --data /path/to/imagenet
 
 Validation images are classified by their nearest training images. The result is printed, and
 written next to the checkpoint (model-123.knn.json). The reference took 10 minutes for a checkpoint
 on 8 V100.
 
-Shapes: B images of the bank (of one rank), Q queries, D feature dimension, k neighbours.
+Shapes: B images of the bank (of one rank), Q queries, D feature dimension, k neighbours, C classes.
 """
-import environment  # noqa: F401, I001  before all that reads it
-import argparse
+import sys
+
+if __name__ == '__main__':
+    from job import cores
+    cores.set_up(sys.argv[1:])  # before TensorFlow is loaded, which reads what this sets
+
 import glob
 import json
 import os
+import pathlib
 import re
 
 import horovod.tensorflow as hvd
@@ -26,40 +30,28 @@ from tensorpack import tfv1 as tf
 from tensorpack.callbacks import Callback
 from tensorpack.utils import logger
 
-import data
-import heartbeat
-import launch
+import inputs
 import resnet
+import runs
+import weights
+from errors import UserError
+from job import flags, ranks, start
+from job.shutdown import shutdown
 
 
 def find_nearest(similarity, labels, k):
-    """The k most similar images of the bank.
-
-    Args:
-        similarity: float32 [Q, B], cosines.
-        labels: int [B].
-        k: neighbours; all of the bank if it has fewer.
-
-    Returns:
-        (similarities, labels), both [Q, min(k, B)], in no particular order.
-    """
-    first = max(0, len(labels) - k)
+    """The k most similar images of the bank, all of it if it has fewer, in no particular order:
+    cosines float32 [Q, B] and labels int [B] or [Q, B] -> those of the nearest, [Q, min(k, B)]."""
+    first = max(0, similarity.shape[1] - k)
     nearest = np.argpartition(similarity, first, axis=1)[:, first:]  # [Q, k]
-    return np.take_along_axis(similarity, nearest, axis=1), labels[nearest]
+    return tuple(np.take_along_axis(np.broadcast_to(x, similarity.shape), nearest, axis=1)
+                 for x in (similarity, labels))
 
 
 def knn_vote(similarity, labels, num_classes, temp=None):
-    """Let neighbours vote.
-
-    Args:
-        similarity: float32 [Q, k].
-        labels: int [Q, k], of the neighbours.
-        num_classes: C.
-        temp: t; a neighbour's vote weighs exp(similarity / t). None: every vote weighs 1.
-
-    Returns:
-        int [Q], the class with most votes; of equal ones the first.
-    """
+    """Let neighbours vote, similarity float32 [Q, k] and labels int [Q, k] -> int [Q], the class
+    with most votes, of equal ones the first. A vote weighs exp(similarity / temp), or 1 if temp is
+    None."""
     weights = np.ones_like(similarity) if temp is None else np.exp(similarity / temp)
     rows = np.arange(len(labels))[:, np.newaxis]  # [Q, 1]
     votes = np.bincount(
@@ -76,25 +68,22 @@ class KNN:
     """kNN top-1 over all ranks.
 
     Every rank keeps the features of its part of the bank in host memory; queries travel to all
-    ranks, and their nearest neighbours travel back, a chunk at a time. So the bank never needs to
-    fit one machine, let alone a GPU.
+    ranks, and their nearest neighbours back, a chunk at a time. So no machine, let alone a GPU,
+    needs to hold the bank.
 
     Args:
-        features: a function from images, uint8 [n, S, S, 3], to features [n, D]; called once, while
-            the graph is built.
-        data, image_size, folder, ending, num_workers: see launch.BoundedPass.
-        k: neighbours.
+        features: a function, images uint8 [n, S, S, 3] -> [n, D], called while the graph is built.
+        root, image_size, folder, batch, num_workers, cpus: for inputs.EvaluationPass.
         temp: t of the weighted vote.
-        batch: images of a rank in a step.
         chunk: queries of a rank that are compared with the bank at a time.
     """
 
-    def __init__(self, features, data, image_size, folder, ending, num_workers=None, k=200,
+    def __init__(self, features, root, image_size, folder, num_workers=None, cpus=None, k=200,
                  temp=0.1, batch=256, chunk=256):
         self._k, self._temp, self._chunk = k, temp, chunk
         self._passes = {
-            split: launch.BoundedPass(
-                folder + '-' + split, data, split, image_size, batch, ending, num_workers)
+            split: inputs.EvaluationPass(
+                f'{folder}-{split}', root, split, image_size, batch, num_workers, cpus)
             for split in ('train', 'val')}
         self._outputs = {split: [tf.cast(features(p.images), tf.float32), p.labels]
                          for split, p in self._passes.items()}
@@ -104,20 +93,14 @@ class KNN:
             self._asked, self._bank = (tf.placeholder(tf.float32, [None, dim]) for _ in range(2))
             self._similarity = tf.matmul(self._asked, self._bank, transpose_b=True)  # [Q, B]
         # what the ranks exchange
-        self._gather_queries = Gather(tf.float32, [dim])
-        self._gather_similarity = Gather(tf.float32, [None])
-        self._gather_labels = Gather(tf.int32, [None])
-        self._gather_counts = Gather(tf.int64, [])
+        self._gather_queries = ranks.Gather(tf.float32, [dim])
+        self._gather_nearest = [ranks.Gather(dtype, [None]) for dtype in (tf.float32, tf.int32)]
+        self._gather_counts = ranks.Gather(tf.int64, [])
 
     def run(self, sess, center=False):
-        """Evaluate the weights as they are now; all ranks together.
-
-        Args:
-            center: whether to subtract the mean of the bank first.
-
-        Returns:
-            dict: knn_top1 and knn_top1_plain in per cent, images (validated), bank (its size).
-        """
+        """Evaluate the weights as they are now, all ranks together; `center` subtracts the mean of
+        the bank first. Returns a dict: knn_top1 and knn_top1_plain in per cent, images (validated),
+        bank (its size)."""
         bank, bank_labels = self._read(sess, 'train')
         queries, labels = self._read(sess, 'val')
         bank_size = self._gather_counts(sess, np.array([len(bank)])).sum()
@@ -128,80 +111,40 @@ class KNN:
         sizes = self._gather_counts(sess, np.array([len(queries)]))
 
         correct = np.zeros(2, np.int64)
-        for start in range(0, sizes.max(), self._chunk):
-            mine = queries[start:start + self._chunk]
+        for i in range(0, sizes.max(), self._chunk):
+            mine, truth = (x[i:i + self._chunk] for x in (queries, labels))
             # ranks differ by one query at most: pad, so that all take part in every exchange
-            padded = np.zeros([min(self._chunk, sizes.max() - start), bank.shape[1]], np.float32)
-            padded[:len(mine)] = mine
-            asked = self._gather_queries(sess, padded)  # [ranks*chunk, D]
+            rows = min(self._chunk, sizes.max() - i)
+            asked = self._gather_queries(
+                sess, np.pad(mine, [(0, rows - len(mine)), (0, 0)], 'constant'))  # [ranks*rows, D]
             similarity = sess.run(self._similarity, {self._asked: asked, self._bank: bank})
-            similarity, neighbours = find_nearest(similarity, bank_labels, self._k)
-            similarity = self._answers(
-                sess, self._gather_similarity, similarity, len(padded), -np.inf)  # [chunk, ranks*k]
-            neighbours = self._answers(sess, self._gather_labels, neighbours, len(padded), 0)
-            if hvd.size() > 1:
-                k = min(self._k, bank_size)
-                best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-                similarity, neighbours = (
-                    np.take_along_axis(x, best, axis=1) for x in (similarity, neighbours))
-            truth = labels[start:start + self._chunk]
-            for i, temp in enumerate((self._temp, None)):
-                votes = knn_vote(
-                    similarity[:len(truth)], neighbours[:len(truth)], num_classes, temp)
-                correct[i] += np.sum(votes == truth)
+            nearest = find_nearest(similarity, bank_labels, self._k)  # 2 x [ranks*rows, k]
+            # of all ranks' banks, for this rank's queries
+            first = hvd.rank() * rows
+            nearest = (gather(sess, x.T).T[first:first + len(mine)]  # [Q, ranks*k]
+                       for gather, x in zip(self._gather_nearest, nearest))
+            similarity, neighbours = find_nearest(*nearest, self._k)  # [Q, k]
+            correct += [np.sum(knn_vote(similarity, neighbours, num_classes, temp) == truth)
+                        for temp in (self._temp, None)]
         total = self._gather_counts(sess, correct).reshape(-1, 2).sum(axis=0)
         top1 = (100. * total / sizes.sum()).tolist()
         return {'knn_top1': top1[0], 'knn_top1_plain': top1[1], 'images': int(sizes.sum()),
                 'bank': int(bank_size)}
 
     def _read(self, sess, split):
-        parts = list(self._passes[split].run(sess, self._outputs[split]))
-        features, labels = (np.concatenate(x) for x in zip(*parts))
-        return features, labels
-
-    def _answers(self, sess, gather, values, chunk, nothing):
-        """Each rank's values for all queries -> all ranks' values for this rank's queries,
-        side by side."""
-        if hvd.size() == 1:
-            return values
-        # banks differ by one image at most, which matters if they are smaller than k:
-        # pad with the farthest neighbours
-        width = int(self._gather_counts(sess, np.array([values.shape[1]])).max())
-        values = np.pad(values, [(0, 0), (0, width - values.shape[1])], 'constant',
-                        constant_values=nothing)
-        gathered = gather(sess, values).reshape(
-            hvd.size(), hvd.size(), chunk, width)  # [from, for, Q, k]
-        return np.concatenate(gathered[:, hvd.rank()], axis=1)
-
-
-class Gather:
-    """hvd.allgather for arrays; the graph is made at once,
-    so that it can be finalised afterwards."""
-
-    def __init__(self, dtype, shape):
-        self._input = tf.placeholder(dtype, [None] + shape)
-        self._output = hvd.allgather(self._input)
-
-    def __call__(self, sess, values):
-        heartbeat.meet()
-        return values if hvd.size() == 1 else sess.run(self._output, {self._input: values})
+        batches = self._passes[split].run(sess, self._outputs[split])
+        return [np.concatenate(x) for x in zip(*batches)]  # features [n, D], labels [n]
 
 
 class OnlineKNN(Callback):
-    """kNN of the query encoder during pre-training, all ranks together, every few epochs.
-
-    Args:
-        every: epochs.
-        others: for KNN; the features are made of the variables that are being trained.
-    """
+    """kNN of the query encoder during pre-training, all ranks together, every few epochs; args are
+    for KNN, whose features are made of the variables that are being trained."""
     _chief_only = False
 
-    def __init__(self, every, *others):
-        self._every, self._others = every, others
-
-    def _setup_graph(self):
+    def __init__(self, every, *args):
+        self._every = every
         with tf.variable_scope(tf.get_variable_scope(), reuse=True):
-            self._knn = KNN(*self._others)
+            self._knn = KNN(*args)
 
     def _trigger_epoch(self):
         if self.epoch_num % self._every == 0:
@@ -209,75 +152,52 @@ class OnlineKNN(Callback):
             self.trainer.monitors.put_scalar('knn_top1', result['knn_top1'])
 
 
-def check_data(root):
-    """Raise data.DataError unless there are labelled images, train and val, for every rank."""
-    if hvd.rank() == 0:
-        for split in ('train', 'val'):
-            images = data.list_images(root, split, labelled=True)
-            if len(images.paths) < hvd.size():
-                raise data.DataError('{}/{}: {} images for {} ranks'.format(
-                    root, split, len(images.paths), hvd.size()))
-
-
-def list_checkpoints(folder):
+def list_checkpoints(folder: str) -> list:
     """Every checkpoint of a folder, oldest first."""
     paths = [path[:-len('.index')]
              for path in glob.glob(os.path.join(glob.escape(folder), 'model-*.index'))
              if re.search(r'model-\d+\.index$', path)]
     if not paths:
-        raise resnet.WeightsError(
-            '{}: this folder holds no checkpoint (model-*.index)'.format(folder))
+        raise UserError(f'{folder}: this folder holds no checkpoint (model-*.index)')
     return sorted(paths, key=lambda path: int(path.rsplit('-', 1)[1]))
 
 
-def check_writable(paths):
-    """Raise data.DataError unless rank 0 can write there; paths may be None."""
-    for path in paths if hvd.rank() == 0 else []:
+def check_writable(paths) -> None:
+    """A UserError unless rank 0 can write there; paths may be None."""
+    for path in filter(None, paths if hvd.rank() == 0 else []):
         try:
-            if path:
-                open(path, 'a').close()
-                if not os.path.getsize(path):
-                    os.remove(path)
+            open(path, 'a').close()
+            if not os.path.getsize(path):
+                os.remove(path)
         except OSError as error:
-            raise data.DataError('{}: cannot be written: {} (--out says where the result goes)'
-                                 .format(path, error.strerror))
-
-
-def head_dims(path):
-    """The dimensions of a checkpoint's head, from its names: [128] for v1, [2048, 128] for v2."""
-    dims = resnet.head_dims(resnet.read_weights(path, resnet.is_head))
-    if not dims:
-        raise resnet.WeightsError('{}: holds no head (linear0_...)'.format(path))
-    return dims
+            raise UserError(f'{path}: cannot be written: {error.strerror} (--out says where the '
+                            'result goes)')
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--load', metavar='FILE',
-                        help='a checkpoint, its folder (the newest one is taken), an .npz or a '
-                        'file of PyTorch')
-    parser.add_argument('--pixels', action='store_true',
-                        help='instead of a network: raw pixels minus their mean, the baseline')
-    parser.add_argument('--all', action='store_true', help='every checkpoint of the folder --load')
-    parser.add_argument('--data', metavar='DIR', required=True,
-                        help='folder with train/ and val/ of labelled images')
-    parser.add_argument('--head', action='store_true',
-                        help='features of the contrastive head instead of the backbone')
-    parser.add_argument('--k', type=int, default=200, help='neighbours (default: 200)')
-    parser.add_argument('--knn-temp', type=float, default=0.1,
-                        help='t; a neighbour\'s weight is exp(cosine/t) (default: 0.1)')
-    parser.add_argument('--batch', type=int, default=256,
-                        help='images of one rank in a step (default: 256)')
-    parser.add_argument('--out', metavar='FILE',
-                        help='where the result goes as json (default: next to the checkpoint)')
-    launch.add_arguments(parser, compiled='network')
-    resnet.add_arguments(parser)
+    parser = flags.create_parser(__doc__)
+    add = parser.add_argument
+    add('--load', metavar='FILE', help='a checkpoint, its folder (the newest one is taken), an '
+        '.npz or a file of PyTorch')
+    add('--pixels', action='store_true',
+        help='instead of a network: raw pixels minus their mean, the baseline')
+    add('--all', action='store_true', help='every checkpoint of the folder --load')
+    add('--data', metavar='DIR', required=True,
+        help='folder with train/ and val/ of labelled images')
+    add('--head', action='store_true',
+        help='features of the contrastive head instead of the backbone')
+    add('--k', type=int, default=200, help='neighbours (default: 200)')
+    add('--knn-temp', type=float, default=0.1,
+        help='t; a neighbour\'s weight is exp(cosine/t) (default: 0.1)')
+    add('--batch', type=int, default=256, help='images of one rank in a step (default: 256)')
+    add('--out', metavar='FILE',
+        help='where the result goes as json (default: next to the checkpoint)')
+    flags.add_run_flags(parser, compiled='network')
+    flags.add_network_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.load) == args.pixels:
         parser.error('give either --load FILE or --pixels')
-    launch.check_positive(parser, args, 'k', 'knn_temp', 'batch', 'image_size', 'width', 'workers',
-                          'stall_limit')
+    flags.check(parser, args, 'k', 'knn_temp')
     if args.pixels and (args.head or args.all):
         parser.error('--pixels has neither --head nor --all')
     if args.out and args.all:
@@ -286,17 +206,18 @@ def parse_args(argv=None):
 
 
 def main(args):
-    threads, ending, gpu = launch.begin(args.stall_limit)
-    try:
-        check_data(args.data)
-        paths = ([None] if args.pixels else list_checkpoints(args.load) if args.all
-                 else [resnet.find_checkpoint(args.load)])
-        dims = head_dims(paths[0]) if args.head else []
-        outs = [args.out or (path and path + ('.head' if args.head else '') + '.knn.json')
-                for path in paths]
-        check_writable(outs)
-    except (resnet.WeightsError, data.DataError) as error:
-        launch.fail(error)
+    threads, gpu = start.begin(args.stall_limit)
+    inputs.check_labelled(args.data)
+    paths = ([None] if args.pixels else list_checkpoints(args.load) if args.all
+             else [weights.find_checkpoint(args.load)])
+    dims = []  # of the head's layers
+    if args.head:
+        dims = weights.head_dims(weights.read_weights(paths[0], weights.is_head))
+        if not dims:
+            raise UserError(f'{paths[0]}: holds no head (linear0_...)')
+    outs = [args.out or (path and path + ('.head' if args.head else '') + '.knn.json')
+            for path in paths]
+    check_writable(outs)
 
     net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpu else 'NHWC')
 
@@ -307,22 +228,18 @@ def main(args):
         return resnet.compile_if(gpu if args.xla is None else args.xla,
                                  lambda x: resnet.project(net(x, training=False), dims), images)
 
+    def is_needed(name):
+        return weights.is_backbone(name) or args.head and weights.is_head(name)
+
     with tf.variable_scope('', reuse=tf.AUTO_REUSE):
-        knn = KNN(features, args.data, args.image_size, launch.private_folder(), ending,
-                  args.workers, args.k, args.knn_temp, args.batch)
-    config = launch.session_config(threads, gpu)
-    with tf.Session(config=config) as sess:
-        ending.session = sess
+        knn = KNN(features, args.data, args.image_size, ranks.private_folder(), args.workers,
+                  args.cpus, args.k, args.knn_temp, args.batch)
+    with tf.Session(config=start.session_config(threads, gpu)) as sess:
+        shutdown.session = sess
         for path, out in zip(paths, outs):
             if path is not None:
-                try:
-                    weights = resnet.load_weights(
-                        path, lambda name: resnet.is_backbone(name) or
-                        bool(dims) and resnet.is_head(name))
-                except resnet.WeightsError as error:
-                    launch.fail(error)
-                resnet.assign(sess, weights)
-            with ending.explain('evaluation'):
+                runs.assign(sess, weights.load_weights(path, is_needed, tf.global_variables()))
+            with shutdown.explain('evaluation'):
                 result = knn.run(sess, center=args.pixels)
             result.update(
                 load=path or 'raw pixels',
@@ -334,9 +251,9 @@ def main(args):
                     '{images} images by {bank}, {features} features, k {k}, t {temp}'
                     .format(**result))
                 if out:
-                    with open(out, 'w') as f:
-                        json.dump(result, f, indent=1)
+                    pathlib.Path(out).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == '__main__':
-    main(parse_args())
+    with start.user_errors():
+        main(parse_args())

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""From a JPEG to the two views of MoCo: data.py against the same by tensorpack's augmentors.
+"""From a JPEG to the two views of MoCo: this project against the same by tensorpack's augmentors.
 
     python benchmarks/augment.py --data /path/to/imagenet    # 200 images; a minute
 
@@ -18,18 +18,21 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == '__main__':
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-from tensorpack.dataflow import imgaug  # noqa: E402
+import cv2
+import numpy as np
+from tensorpack.dataflow import imgaug
 
-import data  # noqa: E402
+import decoder
+import image_lists
+import views
 
 SIZE = 224
-# what of data.py counts as what; a view's flip and random numbers only count in the total
-STAGES = {'decode': ['decode_image'], 'crop': ['random_resized_crop'], 'blur': ['blur'],
-          'colour': ['jitter', 'convert_to_gray']}
+# stage -> functions of views.py; a view's flip and random numbers only count in the total
+STAGES = {'crop': ['random_resized_crop'], 'colour': ['jitter', 'convert_to_gray'],
+          'blur': ['blur']}
 COLUMNS = ['decode', 'crop', 'colour', 'blur', 'total']
 
 
@@ -52,25 +55,26 @@ class Clock:
         return timed
 
 
-# ------------------------------------------------------------------------- path -> both views
+# ------------------------------------------------------------------------- file -> both views
 
 class Ours:
     def __init__(self, recipe, clock):
-        data.set_up_process()
-        self._view = {'v1': data.moco_v1_view, 'v2': data.moco_v2_view}[recipe]
+        decoder.set_up_process()
+        self._view = {'v1': views.moco_v1_view, 'v2': views.moco_v2_view}[recipe]
         self._rng = random.Random(0)
         self._views = np.empty((2, SIZE, SIZE, 3), np.uint8)
-        self._timed = {name: clock.time(stage, getattr(data, name))
+        self._read = clock.time('decode', lambda files, index: decoder.decode(files.read(index)))
+        self._timed = {name: clock.time(stage, getattr(views, name))
                        for stage, names in STAGES.items() for name in names}
 
-    def make_all(self, paths):
-        untimed = {name: getattr(data, name) for name in self._timed}
-        vars(data).update(self._timed)
-        for path in paths:
-            image = data.decode_image(path)
+    def make_all(self, files, indices):
+        untimed = {name: getattr(views, name) for name in self._timed}
+        vars(views).update(self._timed)
+        for index in indices:
+            image = self._read(files, index)
             for view in self._views:
                 self._view(image, view, self._rng)
-        vars(data).update(untimed)
+        vars(views).update(untimed)
 
 
 class Tensorpack:
@@ -89,13 +93,14 @@ class Tensorpack:
         stages = {'v1': [('crop', [crop]), ('colour', [gray, jitter]), ('flip', [flip])],
                   'v2': [('crop', [crop]), ('colour', [imgaug.RandomApplyAug(jitter, 0.8), gray]),
                          ('blur', [blur]), ('flip', [flip])]}[recipe]
-        self._read = clock.time('decode', cv2.imread)
+        self._read = clock.time(
+            'decode', lambda files, index: cv2.imread(files[index], cv2.IMREAD_COLOR))
         self._steps = [clock.time(stage, imgaug.AugmentorList(augmentors).augment)
                        for stage, augmentors in stages]
 
-    def make_all(self, paths):
-        for path in paths:
-            image = self._read(path, cv2.IMREAD_COLOR)
+    def make_all(self, files, indices):
+        for index in indices:
+            image = self._read(files, index)
             for _ in range(2):
                 view = image
                 for step in self._steps:
@@ -104,74 +109,71 @@ class Tensorpack:
 
 # ---------------------------------------------------------------------------------- measuring
 
-def time_rounds(connection, paths, create, *args):
+def time_rounds(connection, files, indices, create, *args):
     """In a process of its own: for each message, send milliseconds per image, as COLUMNS."""
     clock = Clock()
     side = create(*args, clock=clock)
-    side.make_all(paths[:20])  # warms up
+    side.make_all(files, indices[:20])  # warms up
     while True:
         connection.recv()
         clock.seconds.clear()
         # asking for the time by stage takes 1 % of ours
         clock.by_stage = True
-        side.make_all(paths)
+        side.make_all(files, indices)
         clock.by_stage = False
         start = time.process_time()
-        side.make_all(paths)
+        side.make_all(files, indices)
         clock.seconds['total'] = time.process_time() - start
-        connection.send([1000 * clock.seconds[column] / len(paths) for column in COLUMNS])
+        connection.send([1000 * clock.seconds[column] / len(indices) for column in COLUMNS])
 
 
-def start(paths, create, *args):
+def start(*args):
     """Start time_rounds(); returns the connection to it."""
     here, there = multiprocessing.Pipe()
-    multiprocessing.Process(target=time_rounds, args=(there, paths, create) + args,
-                            daemon=True).start()
+    multiprocessing.Process(target=time_rounds, args=(there,) + args, daemon=True).start()
     return here
 
 
-def measure(recipe, paths, num_rounds):
+def measure(recipe, files, indices, num_rounds):
     sides = collections.OrderedDict([
-        ('data.py', start(paths, Ours, recipe)),
-        ('tensorpack, float32', start(paths, Tensorpack, recipe, True)),
-        ('tensorpack, uint8', start(paths, Tensorpack, recipe, False))])
+        ('this project', start(files, indices, Ours, recipe)),
+        ('tensorpack, float32', start(files, indices, Tensorpack, recipe, True)),
+        ('tensorpack, uint8', start(files, indices, Tensorpack, recipe, False))])
     rounds = {name: [] for name in sides}
     for _ in range(num_rounds):
         for name, side in sides.items():
             side.send('go')
             rounds[name].append(side.recv())
 
-    print('\n{:22}{}'.format('{}, ms per image'.format(recipe),
-                             ''.join('{:>8}'.format(column) for column in COLUMNS)))
+    print(f'\n{recipe + ", ms per image":22}' + ''.join(f'{column:>8}' for column in COLUMNS))
     for name in sides:
         medians = [statistics.median(column) for column in zip(*rounds[name])]
-        print('{:22}{}'.format(name, ''.join('{:8.3f}'.format(value) for value in medians)))
-        if name == 'data.py':
+        print(f'{name:22}' + ''.join(f'{value:8.3f}' for value in medians))
+        if name == 'this project':
             limit, reached = 1000 / medians[0], 1000 / medians[-1]
-    print('a core decodes {:.0f} images/s, and makes both views of {:.0f}'.format(limit, reached))
+    print(f'a core decodes {limit:.0f} images/s, and makes both views of {reached:.0f}')
     for name in list(sides)[1:]:
-        ratios = [theirs[-1] / ours[-1] for ours, theirs in zip(rounds['data.py'], rounds[name])]
-        limits = [theirs[-1] / ours[0] for ours, theirs in zip(rounds['data.py'], rounds[name])]
-        print('{:.2f} times as many as {} ({:.2f} to {:.2f} in {} rounds; limit {:.2f})'.format(
-            statistics.median(ratios), name, min(ratios), max(ratios), num_rounds,
-            statistics.median(limits)), flush=True)
+        pairs = list(zip(rounds['this project'], rounds[name]))
+        ratios = [theirs[-1] / ours[-1] for ours, theirs in pairs]
+        limits = [theirs[-1] / ours[0] for ours, theirs in pairs]
+        print(f'{statistics.median(ratios):.2f} times as many as {name} ({min(ratios):.2f} to '
+              f'{max(ratios):.2f} in {num_rounds} rounds; limit {statistics.median(limits):.2f})',
+              flush=True)
 
 
 def main(args):
     cv2.setNumThreads(0)
-    paths = data.list_images(args.data).paths
+    images = image_lists.list_images(args.data)
+    files = images.files
     # images of all classes; reading them once puts the files in memory
-    count = min(args.images, len(paths))
-    paths = [paths[i * len(paths) // count] for i in range(count)]
-    images = [data.decode_image(path) for path in paths]
-    if any(image is None for image in images):
-        sys.exit('cannot read {}'.format(paths[images.index(None)]))
-    print('{} images of {:.0f} x 1000 pixels on average, OpenCV {}, NumPy {}'.format(
-        len(paths), np.mean([image.shape[0] * image.shape[1] for image in images]) / 1000,
-        cv2.__version__, np.__version__))
-    del images
+    count = min(args.images, len(files))
+    indices = [i * len(files) // count for i in range(count)]
+    reader = decoder.ImageReader(images, lambda index: sys.exit(f'cannot read {files[index]}'))
+    pixels = np.mean([reader.read(index)[1].size / 3 for index in indices])
+    print(f'{count} images of {pixels / 1000:.0f} x 1000 pixels on average, '
+          f'OpenCV {cv2.__version__}, NumPy {np.__version__}')
     for recipe in ('v1', 'v2'):
-        measure(recipe, paths, args.rounds)
+        measure(recipe, files, indices, args.rounds)
 
 
 if __name__ == '__main__':

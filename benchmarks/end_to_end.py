@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""From JPEGs to training steps: what main_moco.py makes of its two sides.
+"""From JPEGs to training steps: main_moco.py against its two halves.
 
     python benchmarks/end_to_end.py --data /path/to/imagenet    # ResNet-50; 13 minutes on 2 cores
     python benchmarks/end_to_end.py --data DIR -- --v2 --depth 18 --image-size 64 --batch 64
@@ -25,7 +25,7 @@ def run_server(data, args):
     """Images/s of two views each."""
     output = subprocess.check_output(
         [sys.executable, os.path.join(HERE, 'serve-data.py'), '--benchmark', '--data', data,
-         '--task', 'moco-v2' if args.v2 else 'moco-v1', '--batch', str(args.batch),
+         '--task', 'moco-v2' if args.aug_plus else 'moco-v1', '--batch', str(args.batch),
          '--image-size', str(args.image_size), '--crop-area', *map(str, args.crop_area)],
         universal_newlines=True)
     return float(re.match(r'(\d+) images/s', output).group(1))
@@ -42,9 +42,9 @@ def measure(data, steps, flags):
                          for source in (['--fake'], ['--data', data]))
         limits = 1 / (1 / fed + 1 / trained), min(fed, trained)
         ratios.append([both / limit for limit in limits])
-        print('images/s: data alone {:.1f}, training alone {:.1f}, both {:.1f}; of the limit on '
-              'shared cores {:.3f}, of the slower one {:.3f}'.format(
-                  fed, trained, both, *ratios[-1]), flush=True)
+        print(f'images/s: data alone {fed:.1f}, training alone {trained:.1f}, both {both:.1f}; of '
+              'the limit on shared cores {:.3f}, of the slower one {:.3f}'.format(*ratios[-1]),
+              flush=True)
     print('median of {}: {:.3f} and {:.3f}'.format(ROUNDS, *map(statistics.median, zip(*ratios))))
 
 
@@ -52,7 +52,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', required=True, metavar='DIR', help='folder of images')
-    parser.add_argument('--steps', type=int, default=12, help='steps that are measured')
+    parser.add_argument('--steps', type=int, default=12, help='measured steps (default: 12)')
     parser.add_argument('flags', nargs='*', help='for main_moco.py, behind --')
     args = parser.parse_args()
     measure(args.data, args.steps, args.flags or ['--v2', '--batch', '16'])

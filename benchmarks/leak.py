@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What shuffled BN is for: the demo's network with BN in splits, whose keys are permuted or not.
+"""The use of shuffled BN: the demo's network with BN in splits, its keys permuted or not.
 
     python tools/prepare_cifar10.py datasets/cifar10
     python benchmarks/leak.py --data datasets/cifar10    # 3 epochs each: 12 minutes on 2 cores
@@ -20,7 +20,10 @@ FLAGS = ('--v2 --depth 18 --width 32 --stem 3x3s2 --image-size 24 --batch 128 --
 TRAIN = '''
 import sys
 sys.path.insert(0, {here!r})
+from job import cores
+cores.set_up([])
 import main_moco
+from job import start
 
 class Unpermuted(main_moco.MOCOModel):
     def shuffle(self, images):
@@ -28,7 +31,8 @@ class Unpermuted(main_moco.MOCOModel):
 
 if {name!r} == 'unpermuted':
     main_moco.MOCOModel = Unpermuted
-main_moco.main(main_moco.parse_args({flags!r}))
+with start.user_errors():
+    main_moco.main(main_moco.parse_args({flags!r}))
 '''
 
 

@@ -19,20 +19,20 @@ IMAGES, CLASSES = 1281167, 1000
 LIST = '''
 import sys, time
 sys.path.insert(0, {here!r})
-import data
+import image_lists
 start = time.time()
-images = data.list_images({folder!r}, 'train', {labelled})
-print('{{}} images in {{:.2f}} s'.format(len(images.paths), time.time() - start))
+images = image_lists.list_images({folder!r}, 'train', {labelled})
+print(len(images.files), 'images in', format(time.time() - start, '.2f'), 's')
 '''
 
 
 def make_files(folder):
     """Fill train/ with files named as ImageNet's are."""
     for number in range(CLASSES):
-        name = 'n{:08d}'.format(number)
+        name = f'n{number:08d}'
         os.makedirs(os.path.join(folder, 'train', name))
         for image in range(number, IMAGES, CLASSES):
-            path = os.path.join(folder, 'train', name, '{}_{}.JPEG'.format(name, image))
+            path = os.path.join(folder, 'train', name, f'{name}_{image}.JPEG')
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
 
 
@@ -41,7 +41,7 @@ def list_files(folder, what, labelled=False):
     output = subprocess.check_output(
         [sys.executable, '-c', code], universal_newlines=True,
         env=dict(os.environ, XDG_CACHE_HOME=os.path.join(folder, 'cache')))
-    print('{}: {}'.format(what, output.strip()), flush=True)
+    print(f'{what}: {output.strip()}', flush=True)
 
 
 def drop_kernel_cache():
@@ -58,15 +58,14 @@ def drop_kernel_cache():
 def main(folder):
     inodes = os.statvfs(os.path.dirname(os.path.abspath(folder))).f_favail
     if inodes < 2 * IMAGES:
-        sys.exit('{}: a file system with {} free inodes is too full'.format(folder, inodes))
+        sys.exit(f'{folder}: a file system with {inodes} free inodes is too full')
     os.mkdir(folder)
     try:
         make_files(folder)
         print('waiting: a list is kept only if its folders are a minute old', flush=True)
         time.sleep(65)
         for what in ('all folders', 'the kept list'):
-            kernel = drop_kernel_cache()
-            list_files(folder, '{}, {}'.format(what, kernel))
+            list_files(folder, f'{what}, {drop_kernel_cache()}')
         list_files(folder, 'the kept list, warm')
         list_files(folder, 'the kept list, labelled, warm', labelled=True)
         shutil.rmtree(os.path.join(folder, 'cache'))

@@ -23,12 +23,11 @@ def measure(size, batch, steps):
         for name, runtime, flags in CASES:
             python = os.path.join(HERE, '.venv-' + runtime, 'bin', 'python')
             rates[name].append(run_main(size, batch, steps, python, ['--fake'] + flags))
-        print('{} px, batch {}, images/s: {}'.format(size, batch, ', '.join(
-            '{} {:.2f}'.format(name, values[-1]) for name, values in rates.items())), flush=True)
+        print(f'{size} px, batch {batch}, images/s: ' + ', '.join(
+            f'{name} {values[-1]:.2f}' for name, values in rates.items()), flush=True)
     for name, values in list(rates.items())[1:]:
         ratio = statistics.median(v / first for v, first in zip(values, rates['1.15']))
-        print('{} px, batch {}: {} is {:.2f} times as fast as 1.15'.format(
-            size, batch, name, ratio), flush=True)
+        print(f'{size} px, batch {batch}: {name} is {ratio:.2f} times as fast as 1.15', flush=True)
 
 
 if __name__ == '__main__':

@@ -22,30 +22,27 @@ WARM_UP, ROUNDS = 3, 3
 BARE = '''
 import sys, time
 sys.path.insert(0, {here!r})
-import environment
-import launch
-import main_moco
-import resnet
+from job import cores
+cores.set_up([])
 from tensorpack import tfv1 as tf
+import resnet
+from job import start
+from moco import MOCOModel
 
-threads, _, _ = launch.begin()
-model = main_moco.MOCOModel(resnet.ResNet(), {batch}, image_size={size})
+threads, _ = start.begin()
+model = MOCOModel(resnet.ResNet(), {batch}, image_size={size})
 images = [tf.get_variable(s.name, trainable=False, use_resource=True, initializer=tf.cast(
     tf.random.uniform(s.shape, 0, 255, tf.int32), tf.uint8)).read_value()
           for s in model.get_input_signature()]
-cost = model.build_graph(*images)
-optimizer = model.optimizer()
-train = optimizer.apply_gradients(optimizer.compute_gradients(cost))
-with tf.control_dependencies([train]):
-    step = tf.group(*(model.updates_after_weights() + tf.get_collection(tf.GraphKeys.UPDATE_OPS)))
-with tf.Session(config=launch.session_config(threads)) as sess:
+step = model.build_graph(*images)
+with tf.Session(config=start.session_config(threads)) as sess:
     sess.run(tf.global_variables_initializer())
     for _ in range({warm_up}):
         sess.run(step)
-    start = time.time()
+    began = time.time()
     for _ in range({steps}):
         sess.run(step)
-    print('images/s', {steps} * {batch} / (time.time() - start))
+    print('images/s', {steps} * {batch} / (time.time() - began))
 '''
 
 
@@ -73,11 +70,10 @@ def measure(size, batch, steps):
     for _ in range(ROUNDS):
         bare, full = run_bare(size, batch, steps), run_main(size, batch, steps)
         ratios.append(full / bare)
-        print(
-            '{} px, batch {}: bare graph {:.2f} images/s, main_moco.py --fake {:.2f}, '
-            'ratio {:.3f}'.format(size, batch, bare, full, ratios[-1]), flush=True)
-    print('{} px, batch {}: median ratio {:.3f} of {}'.format(
-        size, batch, statistics.median(ratios), ROUNDS), flush=True)
+        print(f'{size} px, batch {batch}: bare graph {bare:.2f} images/s, main_moco.py --fake '
+              f'{full:.2f}, ratio {ratios[-1]:.3f}', flush=True)
+    print(f'{size} px, batch {batch}: median ratio {statistics.median(ratios):.3f} of {ROUNDS}',
+          flush=True)
 
 
 if __name__ == '__main__':
@@ -85,7 +81,7 @@ if __name__ == '__main__':
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--image-size', type=int, help='pixels (default: both)')
     parser.add_argument('--batch', type=int, help='images in a step')
-    parser.add_argument('--steps', type=int, help='steps that are measured')
+    parser.add_argument('--steps', type=int, help='measured steps')
     args = parser.parse_args()
     if args.image_size:
         measure(args.image_size, args.batch or 64, args.steps or 20)

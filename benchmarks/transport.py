@@ -34,24 +34,28 @@ WARM_UP = 50  # batches, more than all queues hold
 
 def pull(server, workers, seconds):
     """Print images/s that a session pulls from 'ours' or 'tensorpack', and ms of cores a batch."""
-    import launch
+    from job import cores
+    cores.set_up([])  # before TensorFlow is loaded, which reads what this sets
+
     import psutil
-    import zmq_ops
     from tensorpack import tfv1 as tf
 
-    threads, ending, _ = launch.begin()
-    with {'ours': serve_ours, 'tensorpack': serve_tensorpack}[server](workers, ending) as where:
+    import zmq_ops
+    from job import start
+
+    threads, _ = start.begin()
+    with {'ours': serve_ours, 'tensorpack': serve_tensorpack}[server](workers) as where:
         batch = zmq_ops.ZMQPullSocket(shapes=[[BATCH, SIZE, SIZE, 3]] * 2,
                                       types=[tf.uint8] * 2, timeout=120, **where).pull()
         step = tf.group(*batch)
-        with tf.Session(config=launch.session_config(threads)) as sess:
+        with tf.Session(config=start.session_config(threads)) as sess:
             for _ in range(WARM_UP):
                 sess.run(step)
-            start, steps, before = time.time(), 0, cores_used(psutil.Process())
-            while time.time() < start + seconds:
+            began, steps, before = time.time(), 0, cores_used(psutil.Process())
+            while time.time() < began + seconds:
                 sess.run(step)
                 steps += 1
-            rate = steps * BATCH / (time.time() - start)
+            rate = steps * BATCH / (time.time() - began)
             used = [1000 * (b - a) / steps for a, b in zip(before, cores_used(psutil.Process()))]
             print('measured', rate, *used)
 
@@ -65,22 +69,23 @@ def cores_used(process):
 
 
 @contextlib.contextmanager
-def serve_ours(workers, ending):
+def serve_ours(workers):
     """Arguments of the pull op, as a trainer has them, while a server runs."""
-    import launch
-    server = launch.DataServer(launch.private_folder(), {
-        'task': 'moco-v2', 'fake': 1281167, 'batch': BATCH, 'image-size': SIZE}, ending, workers)
+    from job import ranks
+    from job.server import DataServer
+    server = DataServer(ranks.private_folder(), {
+        'task': 'moco-v2', 'fake': 1281167, 'batch': BATCH, 'image-size': SIZE}, workers)
     server.start()
     yield dict(end_point=server.end_points, bind=False)
     server.stop()
 
 
 @contextlib.contextmanager
-def serve_tensorpack(workers, ending):
+def serve_tensorpack(workers):
     """Arguments of the pull op, as tensorpack's ZMQInput has them, while a server runs."""
     with tempfile.TemporaryDirectory() as folder:
-        address = 'ipc://{}/batches'.format(folder)
-        process = start('send_dataflow', address, workers)
+        address = f'ipc://{folder}/batches'
+        process = run('send_dataflow', address, workers)
         try:
             yield dict(end_point=address, hwm=TENSORPACK_BUFFER, bind=True)
         finally:
@@ -105,9 +110,9 @@ def send_dataflow(address, workers):
 
 # -------------------------------------------------------------------------------------- measuring
 
-def start(function, *args, **kwargs):
+def run(function, *args, **kwargs):
     """Start a function of this file in a process, and process group, of its own."""
-    code = 'import transport; transport.{}(*{!r})'.format(function, args)
+    code = f'import transport; transport.{function}(*{args!r})'
     return subprocess.Popen([sys.executable, '-c', code], cwd=BENCHMARKS, start_new_session=True,
                             stderr=subprocess.DEVNULL, universal_newlines=True, **kwargs)
 
@@ -117,18 +122,17 @@ def measure(workers, seconds, rounds):
     for _ in range(rounds):
         rates, used = [], []
         for server, name in (('ours', 'serve-data.py'), ('tensorpack', 'tensorpack')):
-            output, _ = start('pull', server, workers, seconds,
-                              stdout=subprocess.PIPE).communicate()
-            rate, session, others = map(float, output.split('measured')[1].split())
+            output, _ = run('pull', server, workers, seconds,
+                            stdout=subprocess.PIPE).communicate()
+            rate, session, served = map(float, output.split('measured')[1].split())
             rates.append(rate)
-            used.append(session + others)
-            print('{} worker(s), {}: {:.0f} images/s; ms of cores a batch: session {:.2f}, server '
-                  '{:.2f}'.format(workers, name, rate, session, others), flush=True)
+            used.append(session + served)
+            print(f'{workers} worker(s), {name}: {rate:.0f} images/s; ms of cores a batch: session '
+                  f'{session:.2f}, server {served:.2f}', flush=True)
         ratios.append([rates[0] / rates[1], used[1] / used[0]])
     for ratio, what in zip(zip(*ratios), ('images/s', 'images for the same time of cores')):
-        print('{} worker(s): {:.2f} times as many {} as tensorpack ({:.2f} to {:.2f} in {} rounds)'
-              .format(workers, statistics.median(ratio), what, min(ratio), max(ratio), rounds),
-              flush=True)
+        print(f'{workers} worker(s): {statistics.median(ratio):.2f} times as many {what} as '
+              f'tensorpack ({min(ratio):.2f} to {max(ratio):.2f} in {rounds} rounds)', flush=True)
 
 
 if __name__ == '__main__':

@@ -90,6 +90,22 @@ def torch_python():
     return path
 
 
+def write_script(path, lines):
+    """Write a script that is main_moco.py, but first the lines are run; returns its path."""
+    with open(str(path), 'w') as f:
+        f.write(f'''import sys
+sys.path.insert(0, {ROOT!r})
+from job import cores
+cores.set_up(sys.argv[1:])
+{lines}
+import main_moco
+from job import start
+with start.user_errors():
+    main_moco.main(main_moco.parse_args())
+''')
+    return path
+
+
 def two_at_a_time(function, arguments):
     """Results of a function that runs commands: before its steps, one keeps a single core busy."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -9,4 +9,4 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 from tensorpack import tfv1 as tf  # noqa: E402
 
 tf.logging.set_verbosity(tf.logging.ERROR)
-tf.disable_v2_behavior()  # as launch.begin() does
+tf.disable_v2_behavior()  # as job/start.py does

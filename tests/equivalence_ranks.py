@@ -15,17 +15,18 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tensorpack import tfv1 as tf  # noqa: E402
-from tensorpack.input_source import PlaceholderInput  # noqa: E402
 
-import launch  # noqa: E402
 import main_moco  # noqa: E402
 import resnet  # noqa: E402
-import training  # noqa: E402
+import runs  # noqa: E402
+from job import start  # noqa: E402
+from moco import MOCOModel  # noqa: E402
+from weights import is_model  # noqa: E402
 
 WIDTH = 4
 
 
-class Model(main_moco.MOCOModel):
+class Model(MOCOModel):
     """Keeps the permuted images."""
 
     def shuffle(self, images):
@@ -89,14 +90,11 @@ def take_steps(case, threads):
         mlp=bool(case['mlp']), temp=float(case['temperature']),
         weight_decay=float(case['weight_decay']), learning_rate=schedule(case['mlp']),
         image_size=case['query'].shape[2])
-    config = launch.session_config(threads)
+    config = start.session_config(threads)
     # a graph so small takes longer to optimise than to run
     config.graph_options.rewrite_options.disable_meta_optimizer = True
-    trainer = training.Trainer(launch.Ending(), config, lambda: model.updates_after_weights())
-    trainer.setup_graph(model.get_input_signature(), PlaceholderInput(),
-                        model.build_graph, model.get_optimizer)
-    counter = training.CountStepLast()
-    counter.setup_graph(trainer)
+    query_and_key = [tf.placeholder(spec.dtype, spec.shape) for spec in model.inputs()]
+    train_op = model.build_graph(*query_and_key)
 
     graph = tf.get_default_graph()
     cross_entropy, = [op for op in graph.get_operations()
@@ -108,8 +106,8 @@ def take_steps(case, threads):
         if op.type == 'ResourceApplyMomentum':
             fetches['gradient.' + op.inputs[0].op.name] = op.inputs[3]
 
-    variables = {v.op.name: v for v in tf.global_variables() if resnet.is_model(v.op.name)}
-    start = draw_weights({name: v.shape.as_list() for name, v in variables.items()},
+    variables = {v.op.name: v for v in tf.global_variables() if is_model(v.op.name)}
+    first = draw_weights({name: v.shape.as_list() for name, v in variables.items()},
                          int(case['depth']), int(case['seed']))
     results = {}
     with tf.Session(config=config) as sess:
@@ -117,17 +115,17 @@ def take_steps(case, threads):
             results.update({'{}/{}'.format(step, name): x for name, x in values.items()})
 
         sess.run(tf.global_variables_initializer())
-        resnet.assign(sess, dict(start, queue_ptr=case['queue_ptr']))
+        runs.assign(sess, dict(first, queue_ptr=case['queue_ptr']))
         keep(0, sess.run(variables))
-        for i, (query, key) in enumerate(zip(case['query'], case['key'])):
-            keep(i + 1, sess.run([fetches, trainer.train_op, counter.gs_incr_op],
-                                 {'query:0': query[mine], 'key:0': key[mine]})[0])
+        for i, views in enumerate(zip(case['query'], case['key'])):
+            fed = {placeholder: images[mine] for placeholder, images in zip(query_and_key, views)}
+            keep(i + 1, sess.run([fetches, train_op], fed)[0])
             keep(i + 1, sess.run(variables))
     return results
 
 
 def main(paths):
-    threads, _, _ = launch.begin()
+    threads, _ = start.begin()
     for path in paths:
         with tf.Graph().as_default(), np.load(path) as case:
             results = take_steps(dict(case), threads)

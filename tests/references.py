@@ -1,7 +1,7 @@
-"""What test_faithful.py compares data.py with: steps of the recipes by PIL and in float64, the
-official code's sampling of crops, and statistics. Nothing here uses data.py.
+"""What test_faithful.py compares views.py with: steps of the recipes by PIL and in float64, the
+official code's sampling of crops, and statistics. Nothing here uses views.py.
 
-image: uint8 BGR [height, width, 3], as in data.py, unless it says float64.
+image: uint8 BGR [height, width, 3], as in views.py, unless it says float64.
 """
 import math
 
@@ -29,7 +29,7 @@ def turn_hue(picture, shift):
     return Image.merge('HSV', channels).convert('RGB')
 
 
-# names are those of data.py: (PIL image, value) -> PIL image
+# names are those of views.py: (PIL image, value) -> PIL image
 PIL_STEPS = {
     'brightness': lambda picture, factor: ImageEnhance.Brightness(picture).enhance(factor),
     'contrast': lambda picture, factor: ImageEnhance.Contrast(picture).enhance(factor),

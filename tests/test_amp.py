@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
-import launch
+from job import start
 from test_moco import Step
 
 
@@ -24,14 +24,14 @@ def test_scaling_the_loss_changes_nothing():
         np.testing.assert_allclose(value, weights[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.skipif(launch.mixed_precision_rewrite(gpu=False) is None,
+@pytest.mark.skipif(start.mixed_precision_rewrite(gpu=False) is None,
                     reason='needs TensorFlow 2.15 and a CPU with avx512_bf16')
 def test_only_convolutions_are_computed_in_bfloat16(monkeypatch):
     for word in ('ALLOWLIST', 'WHITELIST'):  # which session_config() sets for good
         monkeypatch.setenv('TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_{}_REMOVE'.format(word), '')
     step = Step()
     ran = collections.defaultdict(set)  # operation -> the types it has
-    with tf.Session(graph=step.graph, config=launch.session_config(1, amp=True)) as sess:
+    with tf.Session(graph=step.graph, config=start.session_config(1, amp=True)) as sess:
         sess.run(step.init_op)
         metadata = tf.RunMetadata()
         seen, _ = sess.run([step.seen, step.train_op], step.feed(), run_metadata=metadata,

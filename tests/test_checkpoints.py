@@ -4,24 +4,26 @@ import os
 import shlex
 import signal
 import subprocess
+import types
 
+import horovod.tensorflow as hvd
 import pytest
 from tensorpack import tfv1 as tf
+from tensorpack.utils import logger
 
-import resnet
-from commands import MOCO, ROOT, command, finish, run, start, start_command, write_images
+import trainer
+from commands import (
+    MOCO, command, finish, run, start, start_command, write_images, write_script)
+from weights import read_weights
 
 # the second checkpoint is not finished
 KILLED_WHILE_SAVING = '''
 import os
 import signal
-import sys
 import threading
-sys.path.insert(0, {!r})
-import main_moco
-import training
+import trainer
 
-save, checkpoints = training.Save._trigger, []
+save, checkpoints = trainer.Save._trigger, []
 
 
 def save_or_die(self):
@@ -33,8 +35,7 @@ def save_or_die(self):
         signal.pause()
 
 
-training.Save._trigger = save_or_die
-main_moco.main(main_moco.parse_args())
+trainer.Save._trigger = save_or_die
 '''
 
 
@@ -48,15 +49,14 @@ def newest_step(logdir):
     """Of the newest checkpoint, which must be readable and of that step."""
     path = tf.train.latest_checkpoint(str(logdir))
     step = int(path.rpartition('-')[2])
-    assert resnet.read_weights(path)['global_step'] == step
+    assert read_weights(path)['global_step'] == step
     return step
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(flags, tmp_path):
     logdir, step = tmp_path / 'log', 0
     for delay in (0, 0.01, 0.03, 0.1):  # seconds; a checkpoint takes about 0.05
-        script = tmp_path / 'script.py'
-        script.write_text(KILLED_WHILE_SAVING.format(ROOT, delay))
+        script = write_script(tmp_path / 'script.py', KILLED_WHILE_SAVING.format(delay))
         process = start(script, *flags, '--logdir', logdir)
         output, errors = finish(process)
         assert process.returncode == -signal.SIGKILL, errors
@@ -94,3 +94,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     step = newest_step(kept)
     output, _ = run('main_moco.py', *flags, '--max-steps', step + 1, '--logdir', kept)
     assert 'after step {}'.format(step) in output and newest_step(kept) == step + 1
+
+
+def test_no_checkpoint_is_kept_besides_the_newest(tmp_path, monkeypatch):
+    # TensorFlow would keep one of every so many hours for ever
+    hvd.init()
+    monkeypatch.setattr(logger, 'get_logger_dir', lambda: str(tmp_path))
+    with tf.Graph().as_default():
+        tf.get_variable('x', [])
+        save = trainer.Save(max_to_keep=3)
+        save.setup_graph(types.SimpleNamespace(is_chief=True))
+    assert save.saver.saver_def.keep_checkpoint_every_n_hours >= 1e6
+    assert save.saver.saver_def.max_to_keep == 3

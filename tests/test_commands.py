@@ -1,18 +1,17 @@
 """The command lines, end to end on small JPEGs: what they write,
 and that a run which stopped goes on as if it had not."""
 import os
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
-import environment
 import main_lincls
 import resnet
-from commands import MOCO, NETWORK, ROOT, read_json, run, two_at_a_time, write_images
+from commands import MOCO, NETWORK, read_json, run, two_at_a_time, write_images
+from runs import assign
+from weights import is_backbone, is_model, read_weights
 
 SHORT = ['--steps-per-epoch', 6, '--epochs', 3]
 LARGE_BATCH = ['--batch', 1024, '--queue-size', 1024, '--image-size', 8, '--lr', 0.03,
@@ -53,7 +52,7 @@ def runs(tmp_path_factory, images):
         pretrain('v2', *v2)
         # started from given weights: the file's first layer is not that of its key encoder
         model = {name: value + (name == 'conv0/W')
-                 for name, value in read_weights(root / 'v2', 0).items() if resnet.is_model(name)}
+                 for name, value in read_checkpoint(root / 'v2', 0).items() if is_model(name)}
         np.savez(str(root / 'v2.npz'), **model)
         pretrain('from_folder', *v2, '--seed', 7, '--load', root / 'v2')
         pretrain('from_npz', *v2, '--seed', 7, '--load', root / 'v2.npz')
@@ -75,8 +74,8 @@ def v2(runs):
     return str(runs.root / 'v2')
 
 
-def read_weights(logdir, step):
-    return resnet.read_weights(os.path.join(str(logdir), 'model-{}'.format(step)))
+def read_checkpoint(logdir, step):
+    return read_weights(os.path.join(str(logdir), 'model-{}'.format(step)))
 
 
 # ---- pre-training
@@ -94,7 +93,7 @@ def test_pretraining_writes_checkpoints_and_statistics(v1):
     # the last step of which is after the milestone at 60 % of 18
     assert [epoch['learning_rate'] * 256 / 8 for epoch in epochs] == pytest.approx(
         [0.5, 0.5 * (5 + 0.1) / 6])
-    weights = read_weights(v1, 12)
+    weights = read_checkpoint(v1, 12)
     assert weights['global_step'] == 12 and weights['queue_ptr'] == 12 * 8 % 32
     assert weights['queue'].shape == (32, 128)
     assert any(name.startswith('events') for name in os.listdir(v1))
@@ -103,17 +102,17 @@ def test_pretraining_writes_checkpoints_and_statistics(v1):
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(runs, v1):
     stopped = runs.root / 'stopped'
     assert 'after step 4' in runs.outputs['stopped']
-    assert read_weights(stopped, 4)['global_step'] == 4
+    assert read_checkpoint(stopped, 4)['global_step'] == 4
     assert [epoch['global_step'] for epoch in read_json(stopped, 'stats.json')] == [4, 6, 12]
     for step in (6, 12):
-        expected, resumed = read_weights(v1, step), read_weights(stopped, step)
+        expected, resumed = read_checkpoint(v1, step), read_checkpoint(stopped, step)
         assert set(resumed) == set(expected) and 'conv0/W/Momentum' in expected
         for name in expected:
             np.testing.assert_array_equal(resumed[name], expected[name], err_msg=name)
 
 
 def test_no_step_writes_the_initial_weights(v2):
-    weights = read_weights(v2, 0)
+    weights = read_checkpoint(v2, 0)
     assert weights['global_step'] == 0
     for name in weights:
         if name.startswith('momentum_encoder/'):
@@ -124,8 +123,8 @@ def test_no_step_writes_the_initial_weights(v2):
 
 @pytest.mark.parametrize('source, name', [('v2', 'from_folder'), ('v2.npz', 'from_npz')])
 def test_pretraining_starts_from_given_weights(runs, source, name):
-    given = resnet.read_weights(str(runs.root / source), resnet.is_model)
-    started = read_weights(runs.root / name, 0)
+    given = read_weights(str(runs.root / source), is_model)
+    started = read_checkpoint(runs.root / name, 0)
     assert 'momentum_encoder/conv0/W' in given and 'queue' in given
     for variable in given:
         np.testing.assert_array_equal(started[variable], given[variable], err_msg=variable)
@@ -154,8 +153,8 @@ def test_learning_rate_at_batch_1024(runs, recipe, table):
 
 def test_linear_classification_leaves_the_backbone_alone(runs, v1):
     assert 'the backbone is unchanged (100 variables compared)' in runs.outputs['linear']
-    backbone, trained = read_weights(v1, 12), read_weights(runs.root / 'linear', 10)
-    for name in filter(resnet.is_backbone, backbone):
+    backbone, trained = read_checkpoint(v1, 12), read_checkpoint(runs.root / 'linear', 10)
+    for name in filter(is_backbone, backbone):
         np.testing.assert_array_equal(trained[name], backbone[name])
     assert trained['linear/W'].shape == (64, 3) and trained['linear/W/Momentum'].any()
 
@@ -179,7 +178,7 @@ def test_a_changed_backbone_is_an_error():
         loaded = sess.run({v.op.name: v for v in tf.global_variables()})
         main_lincls.check_unchanged(sess, loaded)
         value = loaded['group1/block0/conv1_bn/mean/EMA'] + np.float32(1e-6)
-        resnet.assign(sess, {'group1/block0/conv1_bn/mean/EMA': value})
+        assign(sess, {'group1/block0/conv1_bn/mean/EMA': value})
         with pytest.raises(Exception, match='group1/block0/conv1_bn/mean/EMA'):
             main_lincls.check_unchanged(sess, loaded)
 
@@ -207,50 +206,3 @@ def test_knn_of_pixels(images, tmp_path):
     result = read_json(tmp_path, 'out.json')
     # a class has more of its colour: what brightness hides, the mean-centred direction shows
     assert result['images'] == 20 and result['knn_top1'] > 60
-
-
-# ---- threads
-
-@pytest.mark.parametrize('files, cores', [
-    ({}, 8),
-    ({'cpu.max': 'max 100000'}, 8),
-    ({'cpu.max': '250000 100000'}, 2),  # seen inside a container
-    ({'a/b/cpu.max': '100000 100000', 'a/cpu.max': '400000 100000'}, 1),
-    ({'a/b/cpu.max': 'max 100000', 'a/cpu.max': '400000 100000'}, 4),
-    ({'a/b/cpu.max': '1000 100000'}, 1),
-    ({'cpu/cpu.cfs_quota_us': '300000', 'cpu/cpu.cfs_period_us': '100000'}, 3),
-    ({'cpu/c/cpu.cfs_quota_us': '-1', 'cpu/c/cpu.cfs_period_us': '100000'}, 8),
-    ({'cpu/c/cpu.cfs_quota_us': '150000', 'cpu/c/cpu.cfs_period_us': '25000'}, 6)])
-def test_cores_are_what_control_groups_allow(tmp_path, files, cores):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + '\n')
-    groups = tmp_path / 'groups'
-    groups.write_text('3:memory:/c\n2:cpu,cpuacct:/c\n0::/a/b\n')
-    assert environment.num_cores(range(8), str(tmp_path), str(groups)) == cores
-
-
-def test_openmp_is_told_before_tensorflow_is_loaded():
-    """Of what is loaded, only the script's first import may come before OpenMP's settings."""
-    code = (
-        'import os, sys\n'
-        'class Watch:\n'
-        '    def find_spec(self, name, *_):\n'
-        '        if name in ("tensorflow", "horovod", "tensorpack"):\n'
-        '            print(os.environ["OMP_NUM_THREADS"], os.environ["KMP_BLOCKTIME"])\n'
-        '            os._exit(0)\n'
-        'sys.meta_path.insert(0, Watch())\n'
-        'import {}\n')
-    env = {name: value for name, value in os.environ.items()
-           if name not in ('OMP_NUM_THREADS', 'KMP_BLOCKTIME')}
-    first, *others = sorted(environment.CORES)
-    cores = environment.num_cores()
-    cases = [(1, [], cores), (2, [], max(1, cores // 2))]
-    if others:
-        cases.append((1, ['--cpus', str(first)], environment.num_cores(others)))
-    for script in ('main_moco', 'main_lincls', 'eval_knn'):
-        for ranks, flags, threads in cases:
-            output = subprocess.check_output(
-                [sys.executable, '-u', '-c', code.format(script)] + flags, cwd=ROOT,
-                universal_newlines=True, env=dict(env, HOROVOD_LOCAL_SIZE=str(ranks)))
-            assert output == '{} 0\n'.format(threads)

@@ -16,13 +16,17 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
-import checkpoints
-import data
-import main_moco
 import resnet
+import runs
+import views
 from commands import (MOCO, NETWORK, PATIENCE, ROOT, run, torch_python, two_at_a_time,
                       write_images)
-from tools import convert_checkpoint
+from errors import UserError
+from images import PHOTO, read_image
+from moco import MOCOModel
+from tools import convert_checkpoint, pytorch_format
+from weights import (PYTORCH_MAGIC, find_checkpoint, head_dims, is_backbone, is_model,
+                     load_weights, read_weights)
 
 # what TensorFlow makes: name -> recipe, depth, stem. `small` is the network of commands.py
 MODELS = {'large': ('v1', 50, 'imagenet'), 'small': ('v2', 18, '3x3s2')}
@@ -45,7 +49,7 @@ def make_run(path, recipe, depth, stem):
                     tf.zeros([1, 32, 32, 3], tf.uint8), training=False, trainable=not scope)
                 output = resnet.project(x, [128] if recipe == 'v1' else [int(x.shape[1]), 128],
                                         trainable=not scope)
-        main_moco.MOCOModel(None, 2, queue_size=32).create_queue()
+        MOCOModel(None, 2, queue_size=32).create_queue()
         # of a few variables: some of the optimizer's are enough
         tf.train.MomentumOptimizer(0.1, 0.9).minimize(
             tf.reduce_sum(output), tf.train.get_or_create_global_step(),
@@ -59,15 +63,14 @@ def make_run(path, recipe, depth, stem):
                 return rng.normal(0, np.prod(v.shape.as_list()[:-1]) ** -0.5, v.shape)
             low = 0.5 if v.op.name.endswith(('variance/EMA', 'gamma')) else -0.5
             return rng.uniform(low, low + 1, v.shape)
-        resnet.assign(sess, {v.op.name: draw(v) for v in tf.global_variables()})
+        runs.assign(sess, {v.op.name: draw(v) for v in tf.global_variables()})
         tf.train.Saver().save(sess, path, write_meta_graph=False)
 
 
 def make_picture():
     """A photograph as validation sees it: uint8 [1, 224, 224, 3], BGR."""
     picture = np.empty([1, 224, 224, 3], np.uint8)
-    data.center_crop_view(data.decode_image(os.path.join(ROOT, 'tests', 'data', 'coffee.jpg')),
-                          picture[0])
+    views.center_crop_view(read_image(PHOTO), picture[0])
     return picture
 
 
@@ -145,7 +148,7 @@ def test_released_weights_are_complete(recipe, variables):
     assert convert_checkpoint.describe(weights) == (50, released)
     assert len(released) == variables
     # and each has a name of its own in the official files, besides those of deeper networks
-    names = checkpoints.moco_names(checkpoints.head_dims(released))
+    names = pytorch_format.moco_names(head_dims(released))
     assert set(released) < set(names) and len(set(names.values())) == len(names)
 
 
@@ -164,14 +167,14 @@ def test_variables_are_those_of_the_network(depth, stem):
 @pytest.mark.parametrize('name', sorted(MODELS))
 def test_checkpoint_to_npz_and_back(made, name, tmp_path, capsys):
     run_, npz = made / name, load_npz(made / (name + '.npz'))
-    expected = resnet.read_weights(str(run_), resnet.is_model)
+    expected = read_weights(str(run_), is_model)
     assert_same(npz, expected)
 
     convert(made / (name + '.npz'), tmp_path / 'first' / 'model-0')
     (tmp_path / 'first').rename(tmp_path / 'new')
     for path in (tmp_path / 'new', tmp_path / 'new' / 'model-0'):
-        assert resnet.find_checkpoint(str(path)) == str(tmp_path / 'new' / 'model-0')
-        assert_same(resnet.read_weights(str(path)), expected)  # and no optimizer
+        assert find_checkpoint(str(path)) == str(tmp_path / 'new' / 'model-0')
+        assert_same(read_weights(str(path)), expected)  # and no optimizer
     with tf.Graph().as_default(), tf.Session() as sess:
         queue = tf.get_variable('queue', [32, 128])
         tf.train.Saver().restore(sess, str(tmp_path / 'new' / 'model-0'))
@@ -193,7 +196,7 @@ def test_backbone_only(made, name, source, tmp_path, capsys):
             '--backbone-only')
     weights = load_npz(made / (name + '.npz'))
     assert_same(load_npz(tmp_path / 'b.npz'),
-                {name: weights[name] for name in filter(resnet.is_backbone, weights)})
+                {name: weights[name] for name in filter(is_backbone, weights)})
     output = capsys.readouterr().out
     assert 'dropped: queue\n' in output and 'dropped: momentum_encoder/conv0/W\n' in output
 
@@ -261,7 +264,7 @@ def test_official_files_to_checkpoints_and_back(folder, name, tmp_path):
 def test_npz_to_official_files_and_back(folder, name):
     weights = load_npz(folder.path / (name + '.npz'))
     assert_same(load_npz(folder.path / (name + '.pth.tar.npz')), weights)
-    backbone = {key: weights[key] for key in filter(resnet.is_backbone, weights)}
+    backbone = {key: weights[key] for key in filter(is_backbone, weights)}
     assert_same(load_npz(folder.path / (name + '.pth.npz')), backbone)
     assert 'dropped: queue\n' in folder.said[name + '.npz']  # the later one, to .pth
     if name == 'large':  # loads strictly, as torchvision's and as MoCo
@@ -293,7 +296,7 @@ def test_fasterrcnn(made, name, tmp_path):
     convert(made / name, tmp_path / 'out.npz', '--fasterrcnn')
     weights = load_npz(made / (name + '.npz'))
     expected = {key.replace('_bn/', '/bn/'): weights[key]
-                for key in filter(resnet.is_backbone, weights)}
+                for key in filter(is_backbone, weights)}
     assert 'group0/block1/conv1/bn/mean/EMA' in expected and 'conv0/W' in expected
     assert_same(load_npz(tmp_path / 'out.npz'), expected)
 
@@ -311,7 +314,8 @@ def test_a_picture_has_the_same_features(folder, made_by, weights, features, dep
     with tf.Graph().as_default(), tf.Session() as sess:
         images = np.concatenate([picture, picture[..., ::-1]])
         output = resnet.ResNet(depth, width)(tf.constant(images), training=False)
-        resnet.assign(sess, resnet.load_weights(str(folder.path / weights), resnet.is_backbone))
+        runs.assign(sess, load_weights(
+            str(folder.path / weights), is_backbone, tf.global_variables()))
         ours = sess.run(output)
     assert ours.shape[1:] == expected.shape[1:] == (width * (8 if depth == 18 else 32),)
     difference = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected)
@@ -391,7 +395,7 @@ def test_nothing_is_overwritten_that_is_needed(made, capsys):
         capsys, small, os.path.join(str(made), 'large', '..', 'small.npz'), '--backbone-only')
     assert 'holds model-3 already' in refuse(capsys, small, made / 'large' / 'model-0')
     assert_same(load_npz(small), before)
-    assert resnet.find_checkpoint(str(made / 'large')).endswith('model-3')
+    assert find_checkpoint(str(made / 'large')).endswith('model-3')
 
 
 def test_a_backbone_is_no_moco(made, tmp_path, capsys):
@@ -431,7 +435,7 @@ def test_code_in_a_file_of_pytorch_is_not_executed(folder):
 @pytest.fixture
 def pth(tmp_path):
     """What looks like a file of PyTorch."""
-    (tmp_path / 'x.pth').write_bytes(checkpoints.PYTORCH_MAGIC)
+    (tmp_path / 'x.pth').write_bytes(PYTORCH_MAGIC)
     return str(tmp_path / 'x.pth')
 
 
@@ -443,8 +447,8 @@ def test_pytorch_is_asked_for_by_name(made, pth, torch, found, tmp_path, monkeyp
     monkeypatch.delenv('TORCH_PYTHON', raising=False)
     words = '{} needs PyTorch 2.6 or ' + found
     assert 'reading ' + words.format(pth) in refuse(capsys, pth, tmp_path / 'out.npz')
-    with pytest.raises(resnet.WeightsError, match='needs PyTorch 2.6 or newer'):
-        resnet.read_weights(pth, resnet.is_backbone)
+    with pytest.raises(UserError, match='needs PyTorch 2.6 or newer'):
+        read_weights(pth, is_backbone)
     out = str(tmp_path / 'out.pth')
     assert 'writing ' + words.format(out) in refuse(capsys, made / 'small.npz', out)
 
@@ -452,8 +456,8 @@ def test_pytorch_is_asked_for_by_name(made, pth, torch, found, tmp_path, monkeyp
 def test_another_python_that_cannot_read_says_why(pth, tmp_path, monkeypatch):
     def reason(python):
         monkeypatch.setenv('TORCH_PYTHON', python)
-        with pytest.raises(resnet.WeightsError) as error:
-            resnet.read_weights(pth)
+        with pytest.raises(UserError) as error:
+            read_weights(pth)
         assert pth in str(error.value) and '\n' not in str(error.value)
         return str(error.value)
 
@@ -501,8 +505,8 @@ def test_commands_load_every_format(folder, tmp_path, monkeypatch):
         if out[0] == '--out':
             assert (tmp_path / name).exists()
             return
-        loaded = resnet.read_weights(str(logdir), resnet.is_model)
-        wanted = resnet.is_model if script == 'main_moco.py' else resnet.is_backbone
+        loaded = read_weights(str(logdir), is_model)
+        wanted = is_model if script == 'main_moco.py' else is_backbone
         for key in filter(wanted, expected):
             np.testing.assert_array_equal(loaded[key], expected[key], err_msg=key)
 

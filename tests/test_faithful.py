@@ -1,4 +1,4 @@
-"""Proof that data.py augments as the recipes say: pixels against PIL, tensorpack and float64, and
+"""Proof that views.py augments as the recipes say: pixels against PIL, tensorpack and float64, and
 random choices against their distributions and tensorpack's sampling.
 
     python -m pytest -s -k differences tests/test_faithful.py    # 5 s; the README's table
@@ -9,7 +9,6 @@ large enough for a probability off by 0.02, or a range 5 % too wide or too narro
 """
 import itertools
 import math
-import os
 import random
 import re
 import statistics
@@ -24,9 +23,10 @@ from tensorpack.dataflow.imgaug.transform import CropTransform, ResizeTransform
 
 import data
 import references
+import views
+from image_lists import ImageList
+from images import PHOTO, read_image
 
-# 375 x 500, the usual size of ImageNet's; see tests/data/README.md
-PHOTO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/coffee.jpg')
 SIGNIFICANCE = 1e-4
 TASKS = ['moco-v1', 'moco-v2', 'linear']
 AREAS = {'moco-v1': (0.2, 1), 'moco-v2': (0.2, 1), 'linear': (0.08, 1)}
@@ -52,7 +52,7 @@ def pictures():
 # ------------------------------------------------------------------------------- single operations
 
 FACTORS = [0.6, 0.85, 1, 1.2, 1.4]
-# data.py's name -> (values, tensorpack's augmentor)
+# views.py's name -> (values, tensorpack's augmentor)
 COLOUR_STEPS = {
     'brightness': (FACTORS, imgaug.BrightnessScale((0.6, 1.4))),
     'contrast': (FACTORS, imgaug.Contrast((0.6, 1.4), rgb=False)),
@@ -64,10 +64,10 @@ COLOUR_STEPS = {
 
 def apply_step(name, image, *value):
     changed = image.copy()
-    if name in data.JITTER:
-        data.jitter(changed, [(name, *value)])
+    if name in views.JITTER:
+        views.jitter(changed, [(name, *value)])
     else:
-        getattr(data, name)(changed, *value)
+        getattr(views, name)(changed, *value)
     return changed
 
 
@@ -86,8 +86,8 @@ def measure_step(name, image, value):
 @pytest.mark.parametrize('name', COLOUR_STEPS)
 def test_colour_steps_against_pil_and_tensorpack(pictures, name):
     # a step of hue is 1/255 of the circle in PIL, 1/256 here and 1/180 in tensorpack: one is up to
-    # 6 of 255 in one channel, and tensorpack cuts downwards where PIL and data.py cut towards zero.
-    # Else only rounding differs: 0.5 in tensorpack's mean for contrast.
+    # 6 of 255 in one channel, and tensorpack cuts downwards where PIL and views.py cut towards
+    # zero. Else only rounding differs: 0.5 in tensorpack's mean for contrast.
     limits = (1, 2) if name == 'hue' else (0.05, 0.25)
     for key, image in pictures.items():
         for value in COLOUR_STEPS[name][0]:
@@ -109,7 +109,7 @@ def test_blur_against_float64(pictures, sigma):
 def test_decoding_against_pil():
     # both have libjpeg-turbo, of different versions
     theirs = references.from_pil(Image.open(PHOTO).convert('RGB'))
-    ours = data.decode_image(PHOTO)
+    ours = read_image(PHOTO)
     assert ours.shape == (375, 500, 3)
     assert mean_difference(ours, theirs) < 0.1
 
@@ -120,7 +120,7 @@ def test_decoding_turns_as_exif_says(tmp_path):
     exif[0x0112] = 6  # the camera was held upright
     Image.open(PHOTO).save(path, exif=exif)
     stored = references.from_pil(Image.open(path).convert('RGB'))
-    turned = data.decode_image(path)
+    turned = read_image(path)
     assert stored.shape == (375, 500, 3) and turned.shape == (500, 375, 3)
     assert mean_difference(turned, np.rot90(stored, -1)) < 0.1
 
@@ -149,22 +149,22 @@ class View:
 
 
 def note_views(monkeypatch, change_pixels):
-    """A list that will have a View for every view that data.py makes.
+    """A list that will have a View for every view that views.py makes.
 
     Args:
         change_pixels: whether views are made; else their parameters are drawn only.
     """
-    views = []
-    sample_crop = data.sample_crop
+    noted = []
+    sample_crop = views.sample_crop
 
     def note_crop(*args):
-        views.append(View(sample_crop(*args)))
-        return views[-1].box
+        noted.append(View(sample_crop(*args)))
+        return noted[-1].box
 
     def note_step(letter, function):
         def step(image, *value):
-            views[-1].letters += letter
-            views[-1].values[letter] = value
+            noted[-1].letters += letter
+            noted[-1].values[letter] = value
             if change_pixels:
                 function(image, *value)
         return step
@@ -175,23 +175,23 @@ def note_views(monkeypatch, change_pixels):
         if change_pixels:
             jitter(image, steps)
 
-    jitter = data.jitter
-    monkeypatch.setattr(data, 'jitter', note_jitter)
-    monkeypatch.setattr(data, 'sample_crop', note_crop)
+    jitter = views.jitter
+    monkeypatch.setattr(views, 'jitter', note_jitter)
+    monkeypatch.setattr(views, 'sample_crop', note_crop)
     for name, letter in LETTERS.items():
-        if name not in data.JITTER:
-            monkeypatch.setattr(data, name, note_step(letter, getattr(data, name)))
+        if name not in views.JITTER:
+            monkeypatch.setattr(views, name, note_step(letter, getattr(views, name)))
     if not change_pixels:
-        monkeypatch.setattr(data, 'random_resized_crop', lambda image, out, rng, area:
-                            data.sample_crop(rng, image.shape[0], image.shape[1], area))
-    return views
+        monkeypatch.setattr(views, 'random_resized_crop', lambda image, out, rng, area:
+                            views.sample_crop(rng, image.shape[0], image.shape[1], area))
+    return noted
 
 
 def create_batches(task, image, num_images, batch, size=224, rank=0, ranks=1):
     """Batches of data.py, every file of which holds this image."""
-    images = data.ImageList(range(num_images), np.zeros(num_images, np.int32), None)
+    images = ImageList(range(num_images), np.zeros(num_images, np.int32), None)
     reader = types.SimpleNamespace(images=images, read=lambda index: (index, image))
-    return data.create_batches(task, reader, rank, ranks, batch, size, 0, AREAS[task])
+    return data.Batches(data.TASKS[task], reader, rank, ranks, batch, size, 0, AREAS[task])
 
 
 def fill(batches, step):
@@ -217,11 +217,11 @@ def follow(view, image, blur):
 def make_views(patch, task, image, count):
     """[(View, uint8 [224, 224, 3])] of as many images, or twice as many for pre-training."""
     with patch.context() as context:
-        views = note_views(context, change_pixels=True)
+        noted = note_views(context, change_pixels=True)
         arrays = [array for array in fill(create_batches(task, image, count, count), 0)
                   if array.ndim == 4]
-    assert len(views) == count * len(arrays)
-    return list(zip(views, itertools.chain(*zip(*arrays))))
+    assert len(noted) == count * len(arrays)
+    return list(zip(noted, itertools.chain(*zip(*arrays))))
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -242,9 +242,9 @@ def test_whole_views_against_pil_and_float64(pictures, monkeypatch, task):
                                  (100, 99, 275, 401), (200, 300, 1, 30)])
 def test_crops_are_resized_without_antialiasing(pictures, monkeypatch, box):
     image = pictures['photo']
-    monkeypatch.setattr(data, 'sample_crop', lambda *_: box)
+    monkeypatch.setattr(views, 'sample_crop', lambda *_: box)
     got = np.empty((224, 224, 3), np.uint8)
-    data.random_resized_crop(image, got, random.Random(0), (0.2, 1))
+    views.random_resized_crop(image, got, random.Random(0), (0.2, 1))
     # what tensorpack does with this box: OpenCV's bilinear resize of the decoded image's slice
     y, x, h, w = box
     theirs = CropTransform(y, x, h, w).apply_image(image)
@@ -257,7 +257,7 @@ def test_crops_are_resized_without_antialiasing(pictures, monkeypatch, box):
 
 def validation_view(image):
     got = np.empty((224, 224, 3), np.uint8)
-    data.center_crop_view(image, got)
+    views.center_crop_view(image, got)
     return got
 
 
@@ -301,20 +301,20 @@ class Sample:
     def __init__(self, task):
         self.task, batch = task, 100
         with pytest.MonkeyPatch.context() as monkeypatch:
-            views = note_views(monkeypatch, change_pixels=False)
+            noted = note_views(monkeypatch, change_pixels=False)
             batches = create_batches(task, np.zeros((375, 500, 3), np.uint8), NUM_IMAGES, batch)
             arrays = [np.empty(shape, dtype) for shape, dtype in batches.specs(0)]
             plan = []
             for step in range(EPOCHS * NUM_IMAGES // batch):
                 batches.fill(step, arrays)
                 plan += data.images_of_batch(step, 0, 1, batch, NUM_IMAGES, 0)
-        assert all(view.follows(task) for view in views)
+        assert all(view.follows(task) for view in noted)
         # by epoch and number of the image, in the place of the order in which they were made
-        per_image = len(views) // len(plan)
+        per_image = len(noted) // len(plan)
         assert per_image == (1 if task == 'linear' else 2)
         places = sorted(range(len(plan)), key=plan.__getitem__)
         self.views = [view for place in places
-                      for view in views[place * per_image:(place + 1) * per_image]]
+                      for view in noted[place * per_image:(place + 1) * per_image]]
         self.shape = EPOCHS, NUM_IMAGES, per_image
 
         self.boxes = np.array([view.box for view in self.views]).T  # y, x, height, width
@@ -427,7 +427,7 @@ def test_crops_of_the_recipes_against_tensorpack(samples, task):
 @pytest.mark.parametrize('height, width', [(500, 333), (224, 224), (280, 640), (1000, 100)])
 def test_crops_of_other_shapes_against_tensorpack(height, width):
     rng = random.Random(0)
-    ours = np.array([data.sample_crop(rng, height, width, (0.2, 1)) for _ in range(20000)]).T
+    ours = np.array([views.sample_crop(rng, height, width, (0.2, 1)) for _ in range(20000)]).T
     theirs = tensorpack_boxes(height, width, (0.2, 1), 20000)
     assert_boxes_alike(ours, theirs, height, width)
     # boxes of the last resort
@@ -441,7 +441,7 @@ def test_crops_of_other_shapes_against_tensorpack(height, width):
 def test_crops_against_their_distributions():
     # any box fits: the largest is sqrt(0.5 * 4 / 3) = 82 % high or wide
     rng, side = random.Random(0), 10000
-    y, x, h, w = np.array([data.sample_crop(rng, side, side, (0.2, 0.5))
+    y, x, h, w = np.array([views.sample_crop(rng, side, side, (0.2, 0.5))
                            for _ in range(300000)]).T
     assert_likely(references.ks_uniform(h * w / side**2, 0.1999, 0.5001), 'area')
     assert_likely(references.ks_uniform(references.swapped_uniform_cdf(w / h)), 'aspect')
@@ -490,15 +490,15 @@ def test_a_view_follows_from_seed_epoch_and_image(pictures, task):
     image = cv2.resize(pictures['photo'], (100, 75))
     collected = []
     for ranks, batch in [(1, 4), (2, 3), (3, 5)]:
-        views = {}
+        made = {}
         makers = [create_batches(task, image, 12, batch, 32, rank, ranks) for rank in range(ranks)]
         for step in range(24 // batch):
             for rank, maker in enumerate(makers):
                 plan = data.images_of_batch(step, rank, ranks, batch, 12, 0)
                 arrays = [array for array in fill(maker, step) if array.ndim == 4]
-                views.update(zip(plan, zip(*[[one.tobytes() for one in array]
+                made.update(zip(plan, zip(*[[one.tobytes() for one in array]
                                              for array in arrays])))
-        collected.append({place: views[place] for place in itertools.product([0, 1], range(12))})
+        collected.append({place: made[place] for place in itertools.product([0, 1], range(12))})
     assert collected[0] == collected[1] == collected[2]
     # all files hold the same image, so a stream of random numbers used twice would show
     different = [view for pair in collected[0].values() for view in pair]
@@ -553,7 +553,7 @@ def test_differences_from_the_official_code(pictures, monkeypatch):
     assert distance < 0.003
     rates, rng = [], random.Random(0)
     for height, width in [(375, 500), (250, 500), (200, 600)]:
-        ours = [data.sample_crop(rng, height, width, (0.2, 1)) for _ in range(20000)]
+        ours = [views.sample_crop(rng, height, width, (0.2, 1)) for _ in range(20000)]
         central = (0, (width - height) // 2, height, height)
         rates.append((sum(box == central for box in ours) / 20000,
                       sum(references.official_crop(rng, height, width, (0.2, 1))[1]
@@ -575,8 +575,8 @@ def test_differences_from_the_official_code(pictures, monkeypatch):
     rng, rounding = random.Random(0), []
     for _ in range(50):
         by_step, at_once = middle.copy(), middle.astype(float)
-        steps = data.sample_jitter(rng, 0.4, 0.4, 0.4, 0.1)
-        data.jitter(by_step, steps)
+        steps = views.sample_jitter(rng, 0.4, 0.4, 0.4, 0.1)
+        views.jitter(by_step, steps)
         for name, value in steps:
             at_once = references.float_step(name, at_once, value)
         rounding.append(mean_difference(by_step, at_once))

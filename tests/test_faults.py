@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
-import checkpoints
-import environment
-import resnet
-import training
 from commands import (
     MOCO, NETWORK, PATIENCE, ROOT, finish, read_json, run, start, start_command, two_at_a_time,
-    write_images)
+    write_images, write_script)
+from errors import one_line
+from job import cores
 from processes import find_processes, name_process, read_rank, wait_until
+from runs import MARKER
+from weights import read_weights
 
 
 class Run:
@@ -52,7 +52,7 @@ class Run:
         return int(tf.train.latest_checkpoint(self.logdir).rsplit('-', 1)[1])
 
     def read_marker(self):
-        path = os.path.join(self.logdir, training.MARKER)
+        path = os.path.join(self.logdir, MARKER)
         if not os.path.exists(path):
             return None
         with open(path) as f:
@@ -176,21 +176,6 @@ def test_nothing_is_left_of_two_ranks(ends, name):
     assert ends[name][0] != 0
 
 
-@pytest.mark.parametrize('script, result', [
-    ('main_moco.py', 'ends at once'), (os.path.join('tests', 'main_moco.py'), 'as before')])
-def test_ctrl_c_ends_a_script_that_is_loading_libraries(script, result):
-    # what imports a script, as pytest does, keeps Python's own way
-    code = """if True:
-        import signal, sys
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv[0] = {!r}
-        import environment
-        print({{signal.SIG_DFL: 'ends at once', signal.default_int_handler: 'as before'}}[
-            signal.getsignal(signal.SIGINT)])""".format(os.path.join(ROOT, script))
-    assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT,
-                                   universal_newlines=True) == result + '\n'
-
-
 def test_random_moments():
     script = os.path.join(ROOT, 'tests', 'faults', 'kill_at_random.py')
     # its default limits are for a machine that does nothing else
@@ -228,9 +213,9 @@ def cores_of_threads(pid):
     return found
 
 
-@pytest.mark.skipif(len(environment.CORES) < 2, reason='needs two cores')
+@pytest.mark.skipif(len(cores.CORES) < 2, reason='needs two cores')
 def test_cpus_keep_trainers_and_workers_apart(images):
-    first, *others = sorted(environment.CORES)
+    first, *others = sorted(cores.CORES)
     run = Run(images, 1, '--cpus', first)
     try:
         run.wait_for_an_epoch()
@@ -249,30 +234,23 @@ def test_cpus_keep_trainers_and_workers_apart(images):
     "Graph execution error:\n\nNode: 'a'\n2 root error(s) found.\n  no room\n\t [[{{node a}}]]"])
 def test_an_error_of_tensorflow_is_told_in_one_line(message):
     error = tf.errors.InternalError(None, None, message)
-    assert checkpoints.tell_error(error) == 'no room'
-
-
-def write_script(path, lines):
-    """main_moco.py, but first the lines are run."""
-    path.write_text('import sys\nsys.path.insert(0, {!r})\n{}\n'
-                    'main_moco.main(main_moco.parse_args())\n'.format(ROOT, lines))
-    return path
+    assert one_line(error) == 'no room'
 
 
 # the first checkpoint is being written as the session is closed
 CLOSED_WHILE_SAVING = '''
-import main_moco
-import training
+import trainer
+from job.shutdown import shutdown
 
-save = training.Save._trigger
+save = trainer.Save._trigger
 
 
 def end_and_save(self):
-    self.trainer._ending.end('this is the end')
+    shutdown.end('this is the end')
     save(self)
 
 
-training.Save._trigger = end_and_save
+trainer.Save._trigger = end_and_save
 '''
 
 
@@ -291,7 +269,6 @@ import os
 import signal
 import time
 import eval_knn
-import main_moco
 
 
 def never_end(self):
@@ -310,13 +287,13 @@ def test_an_evaluation_that_was_cut_off_is_repeated(tmp_path):
     process = start(write_script(tmp_path / 'script.py', SIGNAL_WHILE_EVALUATING), *flags)
     _, errors = finish(process)
     assert process.returncode == 75, errors
-    assert (tmp_path / 'log' / training.MARKER).exists()
+    assert (tmp_path / 'log' / MARKER).exists()
     assert not (tmp_path / 'log' / 'stats.json').exists()
     for _ in range(2):  # and then not again
         run('main_moco.py', *flags)
         epoch, = read_json(tmp_path, 'log', 'stats.json')
         assert (epoch['epoch_num'], epoch['global_step']) == (1, 2) and 'knn_top1' in epoch
-    assert not (tmp_path / 'log' / training.MARKER).exists()
+    assert not (tmp_path / 'log' / MARKER).exists()
 
 
 # asked to end in the last step of the first epoch
@@ -324,21 +301,21 @@ SIGNAL_IN_LAST_STEP = '''
 import os
 import signal
 import time
-import main_moco
-import training
+import trainer
+from job.shutdown import shutdown
 
-run_step = training.Trainer.run_step
+run_step = trainer.Trainer.run_step
 
 
 def end_and_run(self):
     if self.global_step == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-        while not self._ending.asked:
+        while not shutdown.asked:
             time.sleep(0.01)
     run_step(self)
 
 
-training.Trainer.run_step = end_and_run
+trainer.Trainer.run_step = end_and_run
 '''
 
 
@@ -358,11 +335,10 @@ def test_an_epoch_that_ended_with_a_signal_is_evaluated_later(tmp_path):
 
 RAISES = '''
 import horovod.tensorflow as hvd
-import main_moco
-import training
+import trainer
 
 
-after_run = training.EpochMeans._after_run
+after_run = trainer.EpochMeans._after_run
 
 
 def fail(self, context, values):
@@ -371,7 +347,7 @@ def fail(self, context, values):
         raise KeyError('a mistake')
 
 
-training.EpochMeans._after_run = fail
+trainer.EpochMeans._after_run = fail
 '''
 
 
@@ -394,7 +370,7 @@ def test_a_loss_that_is_not_finite_ends_all_and_is_not_saved(tmp_path):
                      'checkpoints are of earlier steps', errors)
     path = tf.train.latest_checkpoint(str(tmp_path / 'log'))
     if path:  # there may have been no good step
-        for name, value in resnet.read_weights(path).items():
+        for name, value in read_weights(path).items():
             assert np.isfinite(value).all(), name
 
 
@@ -432,9 +408,8 @@ def test_what_fails_on_one_host_only_is_told(tmp_path):
 # a rank that lives, but does not come to what the other waits for
 STUCK = '''
 import time
-import eval_knn
 import horovod.tensorflow as hvd
-import main_moco
+import eval_knn
 
 find_nearest = eval_knn.find_nearest
 
@@ -464,8 +439,8 @@ def test_the_end_comes_though_nobody_reads_standard_error():
     code = """if True:
         import os, sys, time
         sys.path.insert(0, {!r})
-        import launch
-        launch.Ending.GRACE = 1
+        from job.shutdown import Shutdown
+        Shutdown.GRACE = 1
         read, write = os.pipe()
         os.dup2(write, 2)
         os.set_blocking(2, False)
@@ -474,6 +449,6 @@ def test_the_end_comes_though_nobody_reads_standard_error():
                 os.write(2, b'x' * 65536)
         except BlockingIOError:
             os.set_blocking(2, True)
-        launch.Ending().end('a reason', code=3, grace=1)
+        Shutdown().end('a reason', code=3, grace=1)
         time.sleep(10000)""".format(ROOT)
     assert subprocess.call([sys.executable, '-c', code], timeout=PATIENCE) == 3

@@ -6,32 +6,32 @@ import time
 import pytest
 from horovod.runner.http.http_server import RendezvousServer
 
-from heartbeat import REFUSED, Heartbeat
+from job.heartbeat import REFUSED, Heartbeat
 
 LIMIT, ROUNDS = 100, 20  # seconds; rounds in that time
 
 
 class Ranks:
-    """Ranks, each of which has come to meetings[rank] meetings, and done work[rank] in between."""
+    """Ranks, each of which has come to barriers[rank] barriers, and done work[rank] in between."""
 
     def __init__(self, size):
         self._server = RendezvousServer()
-        self.meetings, self.work = [0] * size, [0] * size
+        self.barriers, self.work = [0] * size, [0] * size
         store = '127.0.0.1', self._server.start()
         self._ranks = [
             Heartbeat(rank, size, store, LIMIT,
-                      lambda rank=rank: [self.meetings[rank], self.work[rank]], None)
+                      lambda rank=rank: [self.barriers[rank], self.work[rank]], None)
             for rank in range(size)]
 
-    def do_rounds(self, count, living, meetings=0):
-        """Rounds of the ranks that live, which come to so many meetings in each.
+    def do_rounds(self, count, living, barriers=0):
+        """Rounds of the ranks that live, which come to so many barriers in each.
 
         Returns:
             dict: rank -> reason to end, of those that have one.
         """
         for _ in range(count):
             for rank in living:
-                self.meetings[rank] += meetings
+                self.barriers[rank] += barriers
             reasons = {rank: self._ranks[rank].do_round() for rank in living}
         return {rank: reason for rank, reason in reasons.items() if reason}
 
@@ -49,9 +49,9 @@ def ranks():
     ranks.stop_server()
 
 
-@pytest.mark.parametrize('meetings', [0, 1, 50])
-def test_who_lives_is_not_named(ranks, meetings):
-    assert ranks.do_rounds(5 * ROUNDS, [0, 1, 2], meetings) == {}
+@pytest.mark.parametrize('barriers', [0, 1, 50])
+def test_who_lives_is_not_named(ranks, barriers):
+    assert ranks.do_rounds(5 * ROUNDS, [0, 1, 2], barriers) == {}
 
 
 @pytest.mark.parametrize('lost, finders', [(2, [0, 1]), (1, [0, 2]), (0, [1, 2])])
@@ -72,9 +72,9 @@ def test_a_rank_that_never_came_is_named(ranks):
 
 @pytest.mark.parametrize('slow', [0, 1, 2])
 def test_a_rank_that_lives_but_does_not_go_on_is_named(ranks, slow):
-    assert ranks.do_rounds(5, [0, 1, 2], meetings=1) == {}
+    assert ranks.do_rounds(5, [0, 1, 2], barriers=1) == {}
     for rank in {0, 1, 2} - {slow}:
-        ranks.meetings[rank] += 1
+        ranks.barriers[rank] += 1
     assert ranks.do_rounds(ROUNDS, [0, 1, 2]) == {}
     reasons = ranks.do_rounds(5, [0, 1, 2])
     assert set(reasons) == {0, 1, 2}
@@ -83,9 +83,9 @@ def test_a_rank_that_lives_but_does_not_go_on_is_named(ranks, slow):
         assert reason.endswith('which lives, but has not got as far as others for 100 s')
 
 
-@pytest.mark.parametrize('what', ['meetings', 'work'])
+@pytest.mark.parametrize('what', ['barriers', 'work'])
 def test_a_slow_rank_that_goes_on_is_not_named(ranks, what):
-    ranks.meetings[0] = ranks.meetings[1] = 1000
+    ranks.barriers[0] = ranks.barriers[1] = 1000
     for _ in range(5 * ROUNDS):
         getattr(ranks, what)[2] += 1
         assert ranks.do_rounds(1, [0, 1, 2]) == {}

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
-import data
 import resnet
+import runs
+import views
 from commands import MOCO, NETWORK, read_json, run, write_images
+from image_lists import list_images
+from images import read_image
+from weights import is_model, load_weights
 
 EMA = '/EMA'
 
@@ -83,6 +87,17 @@ def test_bn_statistics_differ_until_the_epoch_ends(ranks):
             np.testing.assert_array_equal(rank[after], ranks[0][name])
 
 
+def test_what_is_logged_is_the_mean_of_all_ranks(ranks):
+    for name in ('loss', 'accuracy', 'learning_rate', 'queue_size'):
+        means = [np.mean([rank[f'monitored{step}:{name}'] for step in (1, 2, 3)], dtype=np.float64)
+                 for rank in ranks]
+        # the losses of two ranks differ, so neither is their mean
+        assert name != 'loss' or abs(means[0] - means[1]) > 1e-3
+        for rank in ranks:
+            assert rank['logged:' + name] == pytest.approx(np.mean(means), rel=1e-6)
+    assert ranks[0]['logged:queue_size'] == 24
+
+
 # ---- kNN and validation: 61 and 21 images, which two ranks do not divide
 
 @pytest.fixture(scope='module')
@@ -118,14 +133,14 @@ def test_online_knn_is_that_of_the_checkpoint(pretrained, images):
 def classify(checkpoint, images):
     """Of each validation image its label and whether a linear classifier is right,
     computed here, in one batch."""
-    val = data.list_images(images, 'val', labelled=True)
-    batch = np.zeros([len(val.paths), 16, 16, 3], np.uint8)
-    for image, path in zip(batch, (val.paths[i] for i in range(len(val.paths)))):
-        data.center_crop_view(data.decode_image(path), image)
+    val = list_images(images, 'val', labelled=True)
+    batch = np.zeros([len(val.files), 16, 16, 3], np.uint8)
+    for image, path in zip(batch, (val.files[i] for i in range(len(val.files)))):
+        views.center_crop_view(read_image(path), image)
     with tf.Graph().as_default(), tf.Session() as sess:
         features = resnet.ResNet(18, 8, '3x3s2')(tf.constant(batch), training=False)
         logits = resnet.fully_connected('linear', features, 3)
-        resnet.assign(sess, resnet.load_weights(checkpoint, resnet.is_model))
+        runs.assign(sess, load_weights(checkpoint, is_model, tf.global_variables()))
         return sess.run(logits).argmax(axis=1) == val.labels
 
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
-import environment
 import eval_knn
-import launch
 import main_lincls
 import main_moco
 import resnet
 from commands import MOCO, NETWORK, PATIENCE, ROOT, finish, start, two_at_a_time, write_images
+from job import cores
+from job.start import mixed_precision_rewrite
+from moco import MOCOModel
 from tools import convert_checkpoint
+from weights import is_backbone, read_weights
 
 
 def save_model(path, recipe, depth=18):
@@ -29,7 +31,7 @@ def save_model(path, recipe, depth=18):
                     x = resnet.ResNet(depth, 8, '3x3s2')(
                         tf.zeros([1, 16, 16, 3], tf.uint8), training=False)
                     resnet.project(x, [128] if recipe == 'v1' else [int(x.shape[1]), 128])
-        main_moco.MOCOModel(None, 8, queue_size=32).create_queue()
+        MOCOModel(None, 8, queue_size=32).create_queue()
         tf.train.get_or_create_global_step()
         sess.run(tf.global_variables_initializer())
         tf.train.Saver().save(sess, str(path / 'model-0'), write_meta_graph=False)
@@ -67,7 +69,7 @@ def folder(tmp_path_factory):
     save_linear(folder / 'linear')
     convert_checkpoint.convert(str(folder / 'v1-18'), str(folder / 'weights' / 'model-0'))
     np.savez(str(folder / 'backbone.npz'),
-             **resnet.read_weights(str(folder / 'v1-18'), resnet.is_backbone))
+             **read_weights(str(folder / 'v1-18'), is_backbone))
     shutil.copytree(ROOT, str(folder / 'unbuilt'), ignore=shutil.ignore_patterns(
         'build', '.*', 'datasets', 'train_log', 'tests'))
     return folder
@@ -132,7 +134,7 @@ MISTAKES = {
         lincls('--load', 'v1-18', data='one', ranks=2), ['1 images', '2 ranks']),
     'ranks over knn images': (knn('--pixels', data='one', ranks=2), ['1 images', '2 ranks']),
 }
-if launch.mixed_precision_rewrite(gpu=False) is None:
+if mixed_precision_rewrite(gpu=False) is None:
     MISTAKES['no sixteen bits'] = (moco('--amp'), ['--amp', 'TensorFlow', 'GPU'])
 
 
@@ -187,8 +189,8 @@ def test_a_mistake_gets_one_line(failures, name):
     (['--fake', '--cpus', '3-1'], ['--cpus: 3-1 is not a list of cores']),
     (['--fake', '--cpus', ''], ['--cpus:  is not a list of cores']),
     (['--fake', '--cpus', '5000-999999999999'], ['--cpus: 5000-999999999999: core 5000 is not one',
-                                                 ','.join(map(str, sorted(environment.CORES)))]),
-    (['--fake', '--cpus', ','.join(map(str, environment.CORES))],
+                                                 ','.join(map(str, sorted(cores.CORES)))]),
+    (['--fake', '--cpus', ','.join(map(str, cores.CORES))],
      ['--cpus:', 'leaves no core for the trainers']),
     (['--fake', '--knn-every', '1'], ['--knn-every needs --data']),
     (['--fake', '--temp', '0'], ['--temp must be positive, not 0.0']),

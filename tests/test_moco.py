@@ -1,5 +1,5 @@
-"""main_moco.py: one step of MoCo against NumPy, the order of everything in it,
-schedules and sizes."""
+"""moco.py, train_step.py and main_moco.py: one step of MoCo against NumPy, the order of everything
+in it, schedules, sizes and recipes."""
 import functools
 import types
 
@@ -7,26 +7,32 @@ import horovod.tensorflow as hvd
 import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
-from tensorpack.input_source import PlaceholderInput
 
-import launch
 import main_lincls
 import main_moco
+import moco
 import resnet
-import training
+import runs
 from test_resnet import is_compiled
+from weights import is_model
 
 N, SIZE, DIM, K = 8, 16, 16, 24  # the queue is three batches long: pushes wrap
 M, T, LR, DECAY = 0.9, 0.2, 0.1, 1e-3
 
 
-class RecordedModel(main_moco.MOCOModel):
+class RecordedModel(moco.MOCOModel):
     """Keeps the tensors of its graph that a test looks at."""
 
     def build_graph(self, query, key):
         self.encoded = []
-        self.cost = super().build_graph(query, key)
-        return self.cost
+        train_step = moco.train_step
+
+        def record(cost, *args, **kwargs):
+            self.cost = cost
+            return train_step(cost, *args, **kwargs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moco, 'train_step', record)
+            return super().build_graph(query, key)
 
     def encode(self, images, trainable):
         self.encoded.append(super().encode(images, trainable))  # query, then key, still permuted
@@ -42,7 +48,7 @@ class RecordedModel(main_moco.MOCOModel):
 
 
 class Step:
-    """A graph with one train op, as main_moco.py builds it, in one process."""
+    """A graph with one train op, as main_moco.py has it, in one process."""
 
     def __init__(self, seed=3, splits=2, loss_scale=1):
         hvd.init()
@@ -53,14 +59,14 @@ class Step:
                 self.net, N, feature_dim=DIM, queue_size=K, momentum=M, temp=T, weight_decay=DECAY,
                 learning_rate=lambda step: tf.constant(LR), image_size=SIZE, seed=seed,
                 loss_scale=loss_scale)
-            trainer = training.Trainer(launch.Ending(), tf.ConfigProto(),
-                                       lambda: model.updates_after_weights())
-            trainer.setup_graph(model.get_input_signature(), PlaceholderInput(),
-                                model.build_graph, model.get_optimizer)
+            self.query, self.key = (
+                tf.placeholder(spec.dtype, spec.shape, spec.name) for spec in model.inputs())
+            self.train_op = model.build_graph(self.query, self.key)
             self.op_types = {op.type for op in self.graph.get_operations()}
-            counter = training.CountStepLast()
-            counter.setup_graph(trainer)
-            self.train_op, self.count_op = trainer.train_op, counter.gs_incr_op
+            self.count_op, = [op for op in ancestors(self.train_op)
+                              if op.type.startswith('Assign') and
+                              op.inputs[0].op.name == 'global_step']
+            assert self.count_op.type.startswith('AssignAdd')
             self.variables = {v.op.name: v for v in tf.global_variables()}
             self.trainable = {v.op.name: v for v in tf.trainable_variables()}
             self.gradients = dict(zip(
@@ -69,8 +75,6 @@ class Step:
             self.init_op = tf.global_variables_initializer()
             self.logits, = [op.inputs[0] for op in self.graph.get_operations()
                             if op.type == 'SparseSoftmaxCrossEntropyWithLogits']
-            self.query, self.key = (
-                self.graph.get_tensor_by_name(name + ':0') for name in ('query', 'key'))
             self.key_of_part = self._encode_part()
             self.seen = {
                 'q': model.encoded[0], 'permuted_k': model.encoded[1], 'k': model.keys,
@@ -82,7 +86,7 @@ class Step:
     def _encode_part(self):
         """The key encoder over one BN split alone."""
         self.part = tf.placeholder(tf.uint8, [None, SIZE, SIZE, 3])
-        alone = main_moco.MOCOModel(resnet.ResNet(18, 8, '3x3s2'), N // 2, feature_dim=DIM)
+        alone = moco.MOCOModel(resnet.ResNet(18, 8, '3x3s2'), N // 2, feature_dim=DIM)
         with tf.variable_scope('momentum_encoder', reuse=True):
             return alone.encode(self.part, trainable=False)
 
@@ -101,7 +105,7 @@ class Step:
 
     def start(self):
         """The session, all variables as they were at first."""
-        resnet.assign(self.sess, self.first)
+        runs.assign(self.sess, self.first)
         return self.sess
 
     def feed(self, seed=0):
@@ -114,7 +118,7 @@ class Step:
         TensorFlow prepares every set of fetches anew: so fetch all, always.
         """
         return types.SimpleNamespace(
-            **self.sess.run([self.seen, self.train_op, self.count_op], feed)[0])
+            **self.sess.run([self.seen, self.train_op], feed)[0])
 
     def differentiate(self, feed):
         """The same values, and the gradients by variable, without a step."""
@@ -232,17 +236,23 @@ def users(variable, type_prefix):
 
 @pytest.fixture(scope='module')
 def order(step):
-    """Of the ops of a step: ancestors of each, weights' updates, key encoder's updates,
+    """Of the ops of a step: all, weights' updates, those of BN statistics and of the key encoder,
     the push, the pointer."""
-    in_step = ancestors(step.train_op) | ancestors(step.count_op)
+    in_step = ancestors(step.train_op)
     weights = [op for op in in_step if op.type == 'ResourceApplyMomentum']
+    statistics = [op for name, v in step.variables.items() if name.endswith('/EMA')
+                  for op in users(v, 'Assign') if op in in_step]
     keys = [op for v in step.variables.values() if v.op.name.startswith('momentum_encoder/') and not
             v.op.name.endswith('/EMA') for op in users(v, 'Assign') if op in in_step]
     push, = [op for op in users(step.variables['queue'], 'ResourceScatterUpdate')]
     pointer, = [op for op in users(step.variables['queue_ptr'], 'Assign') if op in in_step]
     assert len(weights) == len(keys) == len(step.trainable)
+    assert {op.inputs[0].op.name for op in statistics} == {
+        name for name in step.variables
+        if name.endswith('/EMA') and not name.startswith('momentum_encoder/')}
     return types.SimpleNamespace(
-        step=in_step, weights=weights, keys=keys, push=push, pointer=pointer)
+        step=in_step, weights=weights, statistics=statistics, keys=keys, push=push,
+        pointer=pointer)
 
 
 def test_the_queue_is_read_before_it_is_written(step, order):
@@ -281,11 +291,37 @@ def test_forward_passes_come_before_the_updates(step, order):
                     len(late) == (name in step.trainable))
 
 
+def test_forward_passes_read_everything_as_it_was(step, order):
+    # both encoders' weights and the queue, before the first of all updates
+    loss = ancestors(step.model.monitored['loss'].op)
+    reads = {name: [op for op in users(v, 'ReadVariable') if op in loss]
+             for name, v in step.variables.items() if name != 'global_step'}
+    assert {name for name in reads if reads[name]} == set(step.trainable) | {
+        'momentum_encoder/' + name for name in step.trainable} | {'queue'}
+    for update in order.weights + order.statistics + order.keys + [order.push, order.pointer]:
+        assert set().union(*reads.values()) <= ancestors(update)
+
+
+def test_updates_follow_one_another(step, order):
+    # weights, BN statistics, key encoder, queue
+    assert len(order.statistics) == 2 * 20
+    for op in order.statistics:
+        assert op.type == 'AssignAddVariableOp' and set(order.weights) <= ancestors(op)
+    for op in order.keys:
+        assert set(order.statistics) <= ancestors(op)
+    for op in (order.push, order.pointer):
+        assert set(order.statistics) | set(order.keys) <= ancestors(op)
+
+
 def test_the_counter_goes_up_last(step, order):
     # so all that reads it, the permutation and the schedule,
     # reads the number of steps that have been done
-    assert ({order.push, order.pointer} | set(order.weights) | set(order.keys) <=
-            ancestors(step.count_op))
+    assert ({order.push, order.pointer} | set(order.weights) | set(order.keys) |
+            set(order.statistics) <= ancestors(step.count_op))
+    # what reads it may have no copy of it
+    readers = {op for op in order.step - {step.count_op} for tensor in op.inputs
+               if tensor.op.name in ('global_step', 'global_step/read')}
+    assert len(readers) >= 2 and readers <= ancestors(step.count_op)
 
 
 # ---- shuffled BN
@@ -293,7 +329,7 @@ def test_the_counter_goes_up_last(step, order):
 def test_unshuffling_is_the_inverse_of_shuffling():
     with tf.Graph().as_default():
         global_step = tf.train.get_or_create_global_step()
-        model = main_moco.MOCOModel(None, 8, seed=5)
+        model = moco.MOCOModel(None, 8, seed=5)
         images = tf.reshape(tf.range(8 * 2 * 2 * 3), [8, 2, 2, 3])
         shuffled, unshuffle = model.shuffle(images)
         back = unshuffle(shuffled)
@@ -312,7 +348,7 @@ def test_unshuffling_is_the_inverse_of_shuffling():
 def permutations(seed, steps):
     with tf.Graph().as_default():
         global_step = tf.train.get_or_create_global_step()
-        shuffled, _ = main_moco.MOCOModel(None, 8, seed=seed).shuffle(tf.range(8))
+        shuffled, _ = moco.MOCOModel(None, 8, seed=seed).shuffle(tf.range(8))
         tf.random.normal([])  # another op, hence other default seeds
         with tf.Session() as sess:
             for i in steps:
@@ -336,7 +372,7 @@ def test_bn_splits_cut_the_permuted_batch(step):
         order = [int(np.flatnonzero((feed[step.key] == image).all(axis=(1, 2, 3))))
                  for image in seen.shuffled]
         assert sorted(order) == list(range(N))
-        resnet.assign(sess, before)
+        runs.assign(sess, before)
         # each half of the permuted batch is normalised on its own,
         # and its keys go back to their images
         for half in (slice(0, N // 2), slice(N // 2, N)):
@@ -363,12 +399,12 @@ def test_a_fresh_run_starts_with_two_equal_encoders(step):
 
 
 def test_nothing_is_summed_by_an_op_that_loses_memory(step):
-    # see training.gradients_summed_in_pairs(); the graph sums all the same
+    # see train_step.gradients_summed_in_pairs(); the graph sums all the same
     assert 'AddN' not in step.op_types and step.op_types & {'Add', 'AddV2'}
 
 
 def test_weight_decay_reaches_every_trainable_variable(step):
-    query_encoder = {name for name in step.variables if resnet.is_model(name) and not
+    query_encoder = {name for name in step.variables if is_model(name) and not
                      name.startswith(('momentum_encoder/', 'queue')) and not name.endswith('/EMA')}
     assert set(step.trainable) == query_encoder
     step.start()
@@ -404,7 +440,7 @@ def test_xla_gives_the_same_keys():
 def test_a_push_wraps_where_another_batch_left_the_pointer():
     # the queue was filled by batches of 4, and is continued by batches of 8
     with tf.Graph().as_default(), tf.Session() as sess:
-        model = main_moco.MOCOModel(None, N, feature_dim=DIM, queue_size=K)
+        model = moco.MOCOModel(None, N, feature_dim=DIM, queue_size=K)
         queue, pointer = model.create_queue()
         keys = np.random.RandomState(0).normal(size=[N, DIM]).astype(np.float32)
         push = model.push_queue(queue, pointer, tf.constant(keys))
@@ -474,6 +510,38 @@ def test_defaults_are_the_published_recipe():
     args = main_lincls.parse_args(['--load', 'x', '--data', 'y'])
     assert (args.batch, args.epochs, args.lr, args.weight_decay, args.crop_area) == (
         256, 100, 30, 0, [0.08, 1])
+
+
+SWITCHES = ['--mlp', '--aug-plus', '--cos']
+
+
+@pytest.mark.parametrize('flags, mlp, aug_plus, cos, temp, name', [
+    ([], False, False, False, 0.07, 'moco_v1'),
+    (['--temp', '0.1'], False, False, False, 0.1, 'moco_v1'),
+    (['--mlp'], True, False, False, 0.07, 'moco_v1-mlp'),
+    (['--aug-plus'], False, True, False, 0.07, 'moco_v1-aug-plus'),
+    (['--cos'], False, False, True, 0.07, 'moco_v1-cos'),
+    (['--mlp', '--aug-plus'], True, True, False, 0.07, 'moco_v1-mlp-aug-plus'),
+    (['--mlp', '--cos'], True, False, True, 0.07, 'moco_v1-mlp-cos'),
+    (['--cos', '--aug-plus'], False, True, True, 0.07, 'moco_v1-aug-plus-cos'),
+    (SWITCHES, True, True, True, 0.07, 'moco_v1-mlp-aug-plus-cos'),
+    (['--v2'], True, True, True, 0.2, 'moco_v2'),
+    (['--v2', '--mlp'], True, True, True, 0.2, 'moco_v2'),
+    (['--v2', '--temp', '0.1'], True, True, True, 0.1, 'moco_v2')])
+def test_switches_of_the_recipe(flags, mlp, aug_plus, cos, temp, name):
+    args = main_moco.parse_args(['--fake'] + flags)
+    assert (args.mlp, args.aug_plus, args.cos, args.temp) == (mlp, aug_plus, cos, temp)
+    assert main_moco.name_recipe(args) == name
+    # they decide nothing else
+    other = dict(vars(main_moco.parse_args(['--fake'])), v2='--v2' in flags, mlp=mlp,
+                 aug_plus=aug_plus, cos=cos, temp=temp)
+    assert vars(args) == other
+
+
+def test_v2_is_all_switches_and_its_temperature():
+    v2, switches = (vars(main_moco.parse_args(['--fake'] + flags))
+                    for flags in (['--v2'], SWITCHES + ['--temp', '0.2']))
+    assert dict(v2, v2=False) == switches
 
 
 def test_sizes_that_divide():

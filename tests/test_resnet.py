@@ -1,8 +1,6 @@
-"""resnet.py: the released variable names, the layers by hand,
-and which files of weights are refused."""
+"""resnet.py: the released variable names, and the layers by hand."""
 import json
 import os
-import pickle
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -10,7 +8,10 @@ import pytest
 from tensorpack import tfv1 as tf
 
 import main_moco
+import moco
 import resnet
+import runs
+from tools import pytorch_format
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -34,7 +35,7 @@ def randomize(sess, seed=0):
     rng = np.random.RandomState(seed)
     values = {v.op.name: rng.uniform(0.5, 2, v.shape) if v.op.name.endswith('variance/EMA')
               else rng.normal(0, 0.5, v.shape) for v in tf.global_variables()}
-    resnet.assign(sess, values)
+    runs.assign(sess, values)
     return values
 
 
@@ -44,13 +45,14 @@ def randomize(sess, seed=0):
 def test_variables_are_those_of_the_released_weights(recipe):
     with open(os.path.join(HERE, 'data', 'released_variables.json')) as f:
         released = json.load(f)[recipe]
-    model = main_moco.MOCOModel(resnet.ResNet(), 2, mlp=recipe == 'v2')
+    model = moco.MOCOModel(resnet.ResNet(), 2, mlp=recipe == 'v2')
     model.build_graph(
         *[tf.placeholder(spec.dtype, spec.shape) for spec in model.get_input_signature()])
 
     trainable = {v.op.name for v in tf.trainable_variables()}
+    others = {'global_step'} | {name + '/Momentum' for name in trainable}  # of the optimizer
     ours = {v.op.name: [v.dtype.base_dtype.name, v.shape.as_list(), v.op.name in trainable]
-            for v in tf.global_variables() if v.op.name != 'global_step'}
+            for v in tf.global_variables() if v.op.name not in others}
     assert ours == released
 
 
@@ -62,6 +64,23 @@ def test_depths(depth, convolutions, features):
     output = net(tf.zeros([2, 32, 32, 3], tf.uint8), training=True)
     assert output.shape.as_list() == [2, features] and net.feature_dim == features
     assert sum(v.op.name.endswith('/W') for v in tf.trainable_variables()) == convolutions
+
+
+def test_another_depth_is_a_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(resnet.DEPTHS, 152, (resnet.BOTTLENECK, (3, 8, 36, 3)))
+    net = resnet.ResNet(152, width=4)
+    assert net(tf.zeros([2, 32, 32, 3], tf.uint8), training=True).shape.as_list() == [2, 128]
+    built = [(v.op.name, tuple(v.shape.as_list())) for v in tf.global_variables()]
+    listed = pytorch_format.list_variables(152, width=4)
+    assert len(listed) == len(built) == 155 * 5 and sorted(listed) == sorted(built)
+    # PyTorch has a name for each, and no name for two
+    names = pytorch_format.classifier_names()
+    assert {name for name, _ in listed} | {'linear/W', 'linear/b'} <= set(names)
+    assert len(set(names.values())) == len(names)
+    assert [names[name] for name in (
+        'group2/block35/conv3/W', 'group1/block7/conv2_bn/variance/EMA', 'linear/b')] == [
+        'layer3.35.conv3.weight', 'layer2.7.bn2.running_var', 'fc.bias']
+    assert main_moco.parse_args(['--fake', '--depth', '152']).depth == 152
 
 
 @pytest.mark.parametrize('stem, size, last', [
@@ -76,12 +95,6 @@ def test_stems(stem, size, last):
 
 # ---- layers
 
-def make_layers(training, **kwargs):
-    net = resnet.ResNet(18, 8, **kwargs)
-    net._training, net._trainable = training, True
-    return net
-
-
 @pytest.mark.parametrize('kernel, size, sums', [
     # how many ones a window of the zero-padded input has, along one axis:
     # windows start at -1, 1 or -3, -1, 1, 3
@@ -89,29 +102,33 @@ def make_layers(training, **kwargs):
     (7, 8, [4, 6, 7, 5]),
     (1, 4, [1, 1])])
 def test_strided_convolution_pads_all_sides(kernel, size, sums):
-    output = make_layers(training=False)._conv('conv', tf.ones([1, size, size, 1]), 1, kernel, 2)
+    output = resnet.ResNet(18, 8)._conv(
+        tf.ones([1, size, size, 1]), resnet.Conv('conv', kernel, 1, 1, 2), False, True)
     with tf.Session() as sess:
         sess.run(tf.global_variables_initializer())
-        resnet.assign(sess, {'conv/W': np.ones([kernel, kernel, 1, 1])})
+        runs.assign(sess, {'conv/W': np.ones([kernel, kernel, 1, 1])})
         np.testing.assert_allclose(sess.run(output)[0, :, :, 0], np.outer(sums, sums), rtol=1e-4)
 
 
 def test_max_pool_pads_all_sides():
     x = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
     with tf.Session() as sess:
-        output = sess.run(make_layers(training=False)._max_pool(tf.constant(x)))
+        output = sess.run(resnet.ResNet(18, 8)._max_pool(tf.constant(x)))
     assert output[0, :, :, 0].tolist() == [[5, 7], [13, 15]]
 
 
 @pytest.mark.parametrize('splits', [1, 3])
 def test_batch_norm_in_training(splits):
     x = np.random.RandomState(0).normal(3, 2, [6, 4, 4, 2])
-    output = make_layers(True, bn_splits=splits)._batch_norm('bn', tf.constant(x, tf.float32))
+    output = resnet.ResNet(18, 8, bn_splits=splits)._batch_norm(
+        'bn', tf.constant(x, tf.float32), 2, training=True, trainable=True)
+    updates = resnet.update_moving_averages()
+    assert len(updates) == 2
     with tf.Session() as sess:
         sess.run(tf.global_variables_initializer())
         old = randomize(sess)
         result = sess.run(output)
-        sess.run(tf.get_collection(tf.GraphKeys.UPDATE_OPS))
+        sess.run(updates)
         new = {v.op.name: sess.run(v) for v in tf.global_variables()}
 
     parts = np.split(x, splits)
@@ -131,8 +148,9 @@ def test_batch_norm_in_training(splits):
 def test_batch_norm_in_evaluation_uses_the_moving_averages():
     x = np.random.RandomState(0).normal(3, 2, [6, 4, 4, 2])
     # splits do not matter then, nor need they divide anything
-    output = make_layers(False, bn_splits=4)._batch_norm('bn', tf.constant(x, tf.float32))
-    assert not tf.get_collection(tf.GraphKeys.UPDATE_OPS)
+    output = resnet.ResNet(18, 8, bn_splits=4)._batch_norm(
+        'bn', tf.constant(x, tf.float32), 2, training=False, trainable=True)
+    assert not tf.get_collection(resnet.BATCH_STATISTICS) and not resnet.update_moving_averages()
     with tf.Session() as sess:
         sess.run(tf.global_variables_initializer())
         v = randomize(sess)
@@ -144,8 +162,8 @@ def test_batch_norm_in_evaluation_uses_the_moving_averages():
 def test_images_are_normalised_in_bgr_order():
     net = resnet.ResNet(18, 8)
     seen = []
-    net._conv = lambda name, x, *args, **kwargs: seen.append(x) or x
-    net._max_pool = net._residual = lambda x, *args: x
+    net._conv = lambda x, *args: seen.append(x) or x
+    net._max_pool = lambda x: x
     net(tf.constant([[[[0, 128, 255]]]], tf.uint8), training=False)
     with tf.Session() as sess:
         expected = [(0 - 0.406) / 0.225, (128 / 255 - 0.456) / 0.224, (1 - 0.485) / 0.229]
@@ -206,136 +224,3 @@ def test_xla_changes_nothing():
             expected, result = sess.run([plain, compiled], {x: random_images(count, 32)})
             assert expected.std() > 0.01
             np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-4)
-
-
-# ---- files of weights
-
-@pytest.fixture(scope='module')
-def files(tmp_path_factory):
-    """A folder with weights of a small v1 and v2 model in every form,
-    and with what is not weights."""
-    folder = tmp_path_factory.mktemp('weights')
-    for recipe in ('v1', 'v2'):
-        with tf.Graph().as_default(), tf.Session() as sess:
-            build_model(recipe, 18)
-            tf.train.get_or_create_global_step()
-            sess.run(tf.global_variables_initializer())
-            weights = randomize(sess)
-            tf.train.Saver().save(sess, str(folder / recipe / 'model-7'), write_meta_graph=False)
-            np.savez(str(folder / (recipe + '.npz')), **weights)
-            np.savez(str(folder / (recipe + 'colon.npz')),
-                     **{name + ':0': value for name, value in weights.items()})
-    (folder / 'text').write_text('hello\n')
-    (folder / 'text.npz').write_text('hello\n')
-    (folder / 'empty.npz').write_text('')
-    (folder / 'cut.npz').write_bytes((folder / 'v1.npz').read_bytes()[:5000])
-    np.savez_compressed(str(folder / 'changed.npz'), a=np.random.rand(1000))
-    changed = bytearray((folder / 'changed.npz').read_bytes())
-    changed[1000:1100] = bytes(100)
-    (folder / 'changed.npz').write_bytes(changed)
-    np.save(str(folder / 'array.npy'), np.zeros(3))
-    (folder / 'array.npy').rename(folder / 'array.npz')
-    (folder / 'empty').mkdir()
-    (folder / 'gone').mkdir()
-    (folder / 'gone' / 'checkpoint').write_text('model_checkpoint_path: "model-9"\n')
-    (folder / 'nodata-7.index').write_bytes((folder / 'v1' / 'model-7.index').read_bytes())
-    return folder
-
-
-@pytest.fixture(scope='module')
-def v1_session():
-    """A session with the query encoder of the small v1 model."""
-    with tf.Graph().as_default(), tf.Session() as sess:
-        build_model('v1', 18)
-        yield sess
-
-
-def build_model(recipe, depth):
-    """The query encoder of a small model."""
-    features = resnet.ResNet(depth, 8)(tf.zeros([2, 32, 32, 3], tf.uint8), training=False)
-    resnet.project(features, [128] if recipe == 'v1' else [64, 128])
-
-
-@pytest.mark.parametrize('path', ['v1', 'v1/checkpoint', 'v1/model-7', 'v1/model-7.index',
-                                  'v1/model-7.data-00000-of-00001', 'v1.npz', 'v1colon.npz'])
-def test_every_form_of_weights_loads(files, v1_session, path, monkeypatch):
-    monkeypatch.chdir(str(files))  # relative paths, too
-    with v1_session.graph.as_default():
-        variables = {v.op.name: v for v in tf.global_variables()}
-        backbone = resnet.load_weights(path, resnet.is_backbone)
-        whole = resnet.load_weights(path, resnet.is_model)
-        v1_session.run(tf.global_variables_initializer())
-        resnet.assign(v1_session, whole)
-    assert len(backbone) == 20 * 5
-    assert set(backbone) == {name for name in variables if not name.startswith('linear')}
-    assert set(whole) - set(backbone) == {'linear0_128/W', 'linear0_128/b'}
-    expected = np.load(str(files / 'v1.npz'))
-    for name, value in v1_session.run(variables).items():
-        np.testing.assert_array_equal(value, expected[name].astype(np.float32))
-
-
-@pytest.mark.parametrize('path, reason', [
-    ('nothing', 'does not exist'),
-    ('nothing.npz', 'does not exist'),
-    ('text', 'is not a checkpoint, an .npz or a file of PyTorch'),
-    ('text.npz', 'cannot be read'),
-    ('empty.npz', 'cannot be read'),
-    ('cut.npz', 'cannot be read'),
-    ('changed.npz', 'cannot be read'),
-    ('array.npz', 'cannot be read'),
-    ('empty', 'holds no checkpoint'),
-    ('gone', 'holds no checkpoint'),
-    ('nodata-7', 'cannot be read')])
-def test_what_is_not_weights_is_refused_by_name(files, path, reason):
-    with pytest.raises(resnet.WeightsError) as error:
-        resnet.read_weights(str(files / path))
-    assert str(files / path) in str(error.value) and reason in str(error.value)
-
-
-class Bomb:
-    """Its pickle, when loaded, makes a file."""
-
-    def __init__(self, path):
-        self._path = path
-
-    def __reduce__(self):
-        return open, (self._path, 'w')
-
-
-def test_nothing_in_a_file_is_executed(tmp_path):
-    path, exploded = str(tmp_path / 'bomb.npz'), str(tmp_path / 'exploded')
-    np.savez(path, np.array([Bomb(exploded)], dtype=object))
-    with pytest.raises(resnet.WeightsError, match='bomb.npz: cannot be read'):
-        resnet.read_weights(path)
-    (tmp_path / 'pickle.npz').write_bytes(pickle.dumps(Bomb(exploded)))
-    with pytest.raises(resnet.WeightsError, match='pickle.npz: cannot be read'):
-        resnet.read_weights(str(tmp_path / 'pickle.npz'))
-    assert not os.path.exists(exploded)
-
-
-def test_weights_that_do_not_fit_are_refused_with_their_names(files):
-    build_model('v2', 18)
-    path = str(files / 'v1.npz')
-    assert len(resnet.load_weights(path, resnet.is_backbone)) == 100  # the backbone is the same
-    with pytest.raises(resnet.WeightsError) as error:
-        resnet.load_weights(path, resnet.is_model)
-    message = str(error.value)
-    assert (path in message and 'linear0_64/W is missing' in message and
-            'linear0_128/W has no place here' in message)
-
-
-@pytest.mark.parametrize('depth, reason', [
-    (50, 'group0/block0/conv1/W has shape (3, 3, 8, 8) where (1, 1, 8, 8) is needed'),
-    (34, 'group0/block2/conv1/W is missing')])
-def test_weights_of_another_depth_are_refused(files, depth, reason):
-    build_model('v1', depth)
-    with pytest.raises(resnet.WeightsError) as error:
-        resnet.load_weights(str(files / 'v1'), resnet.is_backbone)
-    message = str(error.value)
-    # a few names, and how many there are besides
-    assert message.count(';') == 6 and 'more' in message
-    with pytest.raises(resnet.WeightsError) as error:
-        variable, = [v for v in tf.global_variables() if v.op.name == reason.split()[0]]
-        wanted = reason.split()[0].__eq__
-        resnet.check_weights('file', resnet.read_weights(str(files / 'v1'), wanted), [variable])
-    assert reason in str(error.value)

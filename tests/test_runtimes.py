@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
-import resnet
 from commands import ROOT, read_json, run, two_at_a_time, write_images
+from weights import is_model, read_weights
 
 PYTHONS = {name: os.path.join(ROOT, '.venv-' + name, 'bin', 'python') for name in ('tf1', 'tf2')}
 
@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
 
     def by_one(by):
         pretrain(by, by, *(['--v2'] if by == 'tf2' else []), '--max-steps', 0)
-        np.savez(str(root / by), **resnet.read_weights(str(root / by), resnet.is_model))
+        np.savez(str(root / by), **read_weights(str(root / by), is_model))
 
     def by_both(by):
         pretrain(by, 'checkpoint1-' + by, '--load', root / 'tf1', '--lr', 0.03, '--max-steps', 5)
@@ -76,10 +76,10 @@ def test_a_run_goes_on_with_the_other(runs, by, other):
     assert len(losses[0]) == len(losses[1]) == 8
     print('largest relative difference', np.max(np.abs(np.divide(*losses) - 1)))
     np.testing.assert_allclose(*losses, rtol=1e-4)
-    weights = [resnet.read_weights(str(runs / name / 'model-8')) for name in (resumed, same)]
+    weights = [read_weights(str(runs / name / 'model-8')) for name in (resumed, same)]
     assert set(weights[0]) == set(weights[1])
     # not the slots: what ReLUs pass on or not differs by rounding, and so do small gradients
     for name, value in weights[0].items():
-        if resnet.is_model(name):
+        if is_model(name):
             np.testing.assert_allclose(
                 value, weights[1][name], rtol=1e-2, atol=2e-3, err_msg=name)

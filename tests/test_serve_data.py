@@ -19,11 +19,13 @@ import pytest
 import zmq
 
 import data
+import decoder
 import zmq_ops
+from image_lists import digest_images, list_images
+from images import PHOTO
 from processes import is_alive, list_processes, read_status, wait_until
 
 SERVER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'serve-data.py')
-PHOTO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data/coffee.jpg')
 PATIENCE = 30  # seconds for anything, on a busy machine
 
 
@@ -140,8 +142,8 @@ def test_stream_depends_on_neither_workers_nor_start(folder, start):
     assert same(streams[0], streams[1]) and same(streams[0], streams[2])
 
     # what the server sends is what data.py makes
-    reader = data.ImageReader(data.list_images(folder), pytest.fail)
-    batches = data.create_batches('moco-v2', reader, 0, 1, 4, 16, 3, (0.2, 1))
+    reader = decoder.ImageReader(list_images(folder), pytest.fail)
+    batches = data.Batches(data.TASKS['moco-v2'], reader, 0, 1, 4, 16, 3, (0.2, 1))
     views = [np.empty(shape, dtype) for shape, dtype in batches.specs(7)]
     batches.fill(7, views)
     assert same([views], streams[0][7:])
@@ -172,7 +174,7 @@ def test_two_ranks_share_an_epoch(folder, start):
                    '--ranks', '2,3', '--size', 4, '--workers', 3)
     facts = server.hello()
     assert facts['classes'] == 2 and facts['workers_per_rank'] == 2
-    assert facts['digest'] == data.digest_images(data.list_images(folder, 'train', True))
+    assert facts['digest'] == digest_images(list_images(folder, 'train', True))
     for rank in (2, 3):
         for step, (images, labels) in enumerate(server.pull_stream(rank, 2, 5)):
             plan = data.images_of_batch(step, rank, 4, 3, 13, 0)
@@ -336,15 +338,17 @@ def test_more_unreadable_images_end_the_server_with_a_list(bad_folder, start):
 JOB = '''
 import sys
 sys.path.insert(0, {!r})
-import environment
+from job import cores
+cores.set_up(sys.argv[1:])
 import numpy as np
 from tensorpack import tfv1 as tf
-import launch
 import zmq_ops
+from job import ranks, start
+from job.server import DataServer
 
-_, ending, _ = launch.begin()
-server = launch.DataServer(launch.private_folder() + '-train', {{
-    'task': 'linear', 'data': 'images', 'batch': 4, 'image-size': 8}}, ending, num_workers=2)
+start.begin()
+server = DataServer(ranks.private_folder() + '-train', {{
+    'task': 'linear', 'data': 'images', 'batch': 4, 'image-size': 8}}, num_workers=2)
 server.start()
 images, _ = zmq_ops.ZMQPullSocket(
     server.end_points, [tf.uint8, tf.int32], hwm=1, bind=False, timeout={}).pull()
@@ -557,7 +561,7 @@ def test_a_failing_worker_says_why(tmp_path, start):
     lines.readline()
     error = json.loads(lines.readline())['error']
     assert error.startswith('data worker 0 of rank 0 (pid ')
-    assert error.endswith(') failed: DataError: none of the 1 images can be read')
+    assert error.endswith(') failed: UserError: none of the 1 images can be read')
     assert server.wait()[0] == 1
 
 

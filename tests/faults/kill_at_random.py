@@ -41,11 +41,11 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]
 
-from commands import MOCO, PATIENCE, ROOT, start, write_images  # noqa: E402
+from commands import MOCO, PATIENCE, start, write_images, write_script  # noqa: E402
 from processes import find_job, list_processes, name_process  # noqa: E402
 from tensorpack import tfv1 as tf  # noqa: E402
 
-import resnet  # noqa: E402
+from weights import read_weights  # noqa: E402
 
 EPOCH, EPOCHS = 5, 60  # steps, and a checkpoint, in each
 STEPS = EPOCH * EPOCHS
@@ -56,15 +56,12 @@ GENTLE = SIGNALS[1:]
 
 # saves every step, and keeps all
 REFERENCE = '''
-import sys
-sys.path.insert(0, {!r})
-import main_moco
-import training
+import trainer
 
 
-class SaveEveryStep(training.Save):
-    def __init__(self, ending, max_to_keep):
-        super().__init__(ending, max_to_keep=10**6)
+class SaveEveryStep(trainer.Save):
+    def __init__(self, max_to_keep):
+        super().__init__(max_to_keep=10**6)
 
     def _trigger_step(self):
         self._trigger()
@@ -73,9 +70,8 @@ class SaveEveryStep(training.Save):
         pass
 
 
-training.Save = SaveEveryStep
-main_moco.main(main_moco.parse_args())
-'''.format(ROOT)
+trainer.Save = SaveEveryStep
+'''
 
 
 def newest_step(logdir):
@@ -86,7 +82,7 @@ def newest_step(logdir):
 
 def read_state(logdir, step):
     """Digest of each variable in a checkpoint."""
-    weights = resnet.read_weights(os.path.join(logdir, 'model-{}'.format(step)))
+    weights = read_weights(os.path.join(logdir, 'model-{}'.format(step)))
     return {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in weights.items()}
 
 
@@ -243,9 +239,7 @@ class Test:
 
     def train_without_a_break(self):
         """Keep the digests of all states, and how long a start takes."""
-        script = os.path.join(self.work, 'reference.py')
-        with open(script, 'w') as f:
-            f.write(REFERENCE)
+        script = write_script(os.path.join(self.work, 'reference.py'), REFERENCE)
         logdir = os.path.join(self.work, 'reference')
         job = Job(self.work, self.args.ranks, '--logdir', logdir, script=script)
         job.wait(lambda: newest_step(logdir) > 0, PATIENCE)

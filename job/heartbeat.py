@@ -1,16 +1,12 @@
-"""Which rank does a job wait for? Every rank says again and again that it lives, and rank 0 looks.
+"""Heartbeat: which rank keeps the others waiting?
 
-A rank that stops, or whose host is lost, leaves the others in a collective, which neither ends soon
-nor says for whom it waits. So a thread of each rank writes [beat, progress, process id, host] into
-the key-value store that horovodrun keeps for the ranks to find each other. Rank 0 reads them all,
-and writes down its verdict if one of them is silent, or behind, for too long; the others read that,
-and rank 0's beat.
-
-A rank is behind if it has come to fewer meetings than another, and does nothing else either. All
-ranks come to the same ones, in the same order: training steps, and whatever else is a collective.
-
-Time is counted in rounds of the reader's own thread, so that a job that was stopped as a whole (a
-laptop that slept, say) goes on.
+A rank that stops, or whose host is lost, leaves the others in a collective that neither ends soon
+nor names the missing rank. So a thread of each rank writes [beat, progress, process id, host] into
+the key-value store that horovodrun keeps for its rendezvous. Rank 0 reads all entries and writes a
+verdict when a rank is silent, or behind, for too long; the others read the verdict, and rank 0's
+beat. A rank is behind if it does no work and has come to fewer barriers than another: all come to
+the same ones (training steps, and every other collective) in the same order. Time is counted in
+rounds of the reader's own thread, so that a job stopped as a whole (a laptop sleeps) can go on.
 """
 import http.client
 import json
@@ -19,18 +15,18 @@ import socket
 import threading
 import time
 
-REFUSED = 3  # rounds in which horovodrun refuses connections until it counts as gone
+REFUSED = 3  # rounds with a refused connection until horovodrun counts as gone
 SCOPE = '/moco/'  # of the keys: a rank's number, and "verdict"
-_progress = [0, 0]  # of this process: meetings that it has come to, and pieces of work between them
+_progress = [0, 0]  # of this process: barriers that it has come to, and pieces of work in between
 
 
-def meet():
-    """To be called before waiting for all other ranks."""
+def reach_barrier() -> None:
+    """To be called before this rank waits for all others."""
     _progress[0] += 1
 
 
-def work():
-    """To be called by who does more before the next meeting than others may want to wait for."""
+def finish_work() -> None:
+    """To be called after each piece of much work between two barriers."""
     _progress[1] += 1
 
 
@@ -39,15 +35,9 @@ def progress():
 
 
 class Heartbeat:
-    """One rank's part.
-
-    Args:
-        rank, size: of this rank, and the number of ranks.
-        store: (host, port) of the key-value store.
-        limit: seconds that a rank may be silent, or behind the others.
-        progress: a function that returns [meetings, pieces of work] of this rank.
-        end: what to call with the reason to end.
-    """
+    """One rank's part: `store` is the (host, port) of the key-value store, `limit` the seconds that
+    a rank may be silent, or behind, `progress` returns this rank's [barriers, pieces of work], and
+    `end` is called with the reason to end."""
 
     def __init__(self, rank, size, store, limit, progress, end):
         self._rank, self._size, self._store, self._limit = rank, size, store, limit
@@ -55,12 +45,12 @@ class Heartbeat:
         self._interval = min(5., limit / 20)  # seconds between two rounds
         self._rounds = int(limit / self._interval)
         self._timeout = max(2., self._interval)  # of a request, in seconds
-        self._beats = {}  # rank: what it wrote last, [beat, progress, process id, host]
+        self._beats = {}  # rank: its newest entry, [beat, progress, process id, host]
         self._before = {}  # rank: its progress a round ago
         self._silent, self._behind = {}, {}  # rank: for how many rounds
         self._beat = self._unreachable = 0
 
-    def start(self):
+    def start(self) -> None:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
@@ -69,15 +59,11 @@ class Heartbeat:
             time.sleep(self._interval)
             reason = self.do_round()
         if self._rank == 0:
-            time.sleep(3 * self._interval)  # let the others read it before horovodrun ends them
+            time.sleep(3 * self._interval)  # the others read it before horovodrun ends them
         self._end(reason)
 
     def do_round(self):
-        """Say that this rank lives, and look for the others.
-
-        Returns:
-            The reason to end, or None.
-        """
+        """Write this rank's entry and read those of others; returns the reason to end, or None."""
         self._beat += 1
         mine = [self._beat, self._progress(), os.getpid(), socket.gethostname()]
         self._beats[self._rank] = mine
@@ -93,15 +79,14 @@ class Heartbeat:
         except (OSError, http.client.HTTPException, ValueError):
             self._unreachable += 1
         if self._unreachable >= self._rounds:
-            return 'horovodrun cannot be reached at {}:{}: it, or its host, is gone'.format(
-                *self._store)
+            return ('horovodrun cannot be reached at {}:{}: it, or its host, is gone'
+                    .format(*self._store))
 
     def _request(self, method, key, value=None):
-        """Write or read a value of the store; what is not there is read as None."""
+        """Write or read a value of the store; a missing one is None."""
         connection = http.client.HTTPConnection(*self._store, timeout=self._timeout)
         try:
-            connection.request(method, SCOPE + str(key),
-                               None if value is None else json.dumps(value))
+            connection.request(method, SCOPE + str(key), value and json.dumps(value))
             response = connection.getresponse()
             content = response.read()
         finally:
@@ -114,28 +99,27 @@ class Heartbeat:
         self._beats[rank] = beat
 
     def _find_fault(self):
-        """Rank 0: for whom the others wait, or None."""
+        """Rank 0's part: the verdict, or None."""
         for rank in range(1, self._size):
             self._listen_to(rank)
         now = {rank: beat[1] if beat else [0, 0] for rank, beat in self._beats.items()}
-        latest = max(meetings for meetings, _ in now.values())
+        latest = max(barriers for barriers, _ in now.values())
         for rank, progress in now.items():
             # a beat is some seconds old: the progress of a rank that keeps up grows all the same
             waits = progress[0] < latest and progress == self._before.get(rank)
             self._behind[rank] = self._behind.get(rank, 0) + 1 if waits else 0
         self._before = now
         silent = [rank for rank, rounds in self._silent.items() if rounds > self._rounds]
-        # who is silent is behind too, which says less
+        # a silent rank is behind too, which says less
         behind = [rank for rank, rounds in self._behind.items() if rounds > self._rounds + 2]
-        if not silent and not behind:
-            return None
-        verdict = self._describe((silent + behind)[0], 'has not been heard of' if silent else
-                                 'lives, but has not got as far as others')
-        self._request('PUT', 'verdict', verdict)
-        return verdict
+        if silent or behind:
+            verdict = self._describe((silent + behind)[0], 'has not been heard of' if silent else
+                                     'lives, but has not got as far as others')
+            self._request('PUT', 'verdict', verdict)
+            return verdict
 
     def _read_verdict(self):
-        """The others: what rank 0 has found, or that it is silent itself, or None."""
+        """The other ranks' part: rank 0's verdict, or that rank 0 is silent, or None."""
         verdict = self._request('GET', 'verdict')
         self._listen_to(0)
         if verdict is None and self._silent[0] > self._rounds + 2:
@@ -144,5 +128,5 @@ class Heartbeat:
 
     def _describe(self, rank, fault):
         _, _, pid, host = self._beats.get(rank) or (0, 0, '?', '?')
-        return 'waited for rank {} (process {} on {}), which {} for {:g} s'.format(
-            rank, pid, host, fault, self._limit)
+        return (f'waited for rank {rank} (process {pid} on {host}), which {fault} for '
+                f'{self._limit:g} s')

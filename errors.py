@@ -1,0 +1,13 @@
+"""What a user can mend, in one line; job/start.py shows it."""
+import re
+
+
+class UserError(ValueError):
+    """The message names the file, flag or number that is wrong. No message: it has been shown."""
+
+
+def one_line(error: Exception) -> str:
+    """The reason in an error of TensorFlow. TensorFlow 2 first says where the graph was made, and
+    then `Node: name`."""
+    text = re.split('^Node: .*\n', error.message, 1, re.MULTILINE)[-1]
+    return re.sub(r'\A\d+ root error\(s\) found\.\s*', '', text).split('\n')[0]

@@ -1,0 +1,259 @@
+"""The trainer, a model's train op again and again, and the callbacks of any training."""
+import math
+import os
+import shutil
+import time
+
+import horovod.tensorflow as hvd
+import numpy as np
+from tensorpack import tfv1 as tf
+from tensorpack.callbacks import (
+    Callback, JSONWriter, ModelSaver, MonitorBase, ScalarPrinter, TFEventWriter)
+from tensorpack.callbacks.steps import MaintainStepCounter
+from tensorpack.tfutils.sesscreate import NewSessionCreator
+from tensorpack.train import Trainer as TensorpackTrainer
+from tensorpack.utils import logger
+
+import runs
+from errors import UserError, one_line
+from job import ranks
+from job.shutdown import shutdown
+
+LOG_INTERVAL = 60  # seconds between two lines about a long epoch
+
+
+class Trainer(TensorpackTrainer):
+    """Runs model.build_graph's op, one session.run a step.
+
+    Each step also tells every rank whether any of them has been asked to stop. So all stop after
+    the same step, with a checkpoint of it.
+
+    Args:
+        model: a tensorpack.ModelDesc, whose build_graph also makes model.monitored, a dict of
+            name -> scalar tensor.
+        source, waited: see inputs.create_source().
+        config: the tf.ConfigProto to run with.
+    """
+
+    def __init__(self, model, source, waited, config):
+        super().__init__()
+        self.is_chief, self._config = hvd.rank() == 0, config
+        self.register_callback(source.setup(model.get_input_signature()))
+        self.train_op = model.build_graph(*source.get_input_tensors())
+        self._means = EpochMeans(model.monitored)
+        self._speed = Speed(
+            model.batch_size * hvd.size(), tf.constant(0.) if waited is None else waited)
+        self._asked = tf.placeholder(tf.float32, [])
+        self._any_asked = (hvd.allreduce(self._asked, op=hvd.Sum) if hvd.size() > 1 else
+                           tf.identity(self._asked))
+
+    def register_callback(self, callback):
+        return super().register_callback(
+            FollowStepCounter() if isinstance(callback, MaintainStepCounter) else callback)
+
+    def initialize(self, session_creator, session_init):
+        # of all variables, those of callbacks too
+        self._broadcast = hvd.broadcast_global_variables(0) if hvd.size() > 1 else tf.no_op()
+        super().initialize(session_creator, session_init)
+        shutdown.session = self.sess
+        self.broadcast()
+
+    def broadcast(self):
+        """Give every rank rank 0's variables: at the start, and before anything is evaluated or
+        saved, since BN statistics differ between ranks until then."""
+        ranks.run_together(self.sess, self._broadcast, what='training')
+
+    def run_step(self):
+        number = self.global_step + 1
+        shutdown.begin_step(number)
+        _, stop = ranks.run_together(
+            self.hooked_sess, [self.train_op, self._any_asked],
+            {self._asked: bool(shutdown.asked)}, what=f'step {number}')
+        shutdown.unmark()
+        if stop:
+            self._stop()
+
+    def _stop(self):
+        """Write what belongs to the end of an epoch, but do not evaluate: there are seconds."""
+        shutdown.phase = 'saving'
+        self.monitors.put_scalar(runs.STOPPED, 1)
+        for callback in self._callbacks.cbs:
+            if isinstance(callback, Save):
+                callback.trigger()
+        for callback in self._callbacks.cbs:
+            if isinstance(callback, (EpochMeans, Speed, MonitorBase)):
+                callback.trigger_epoch()
+        ranks.broadcast([0])  # rank 0 has written
+        shutdown.end_to_resume()
+        raise SystemExit(shutdown.code)
+
+    def run(self, callbacks, session_init, steps_per_epoch, steps_done, max_steps):
+        """Train until `max_steps` steps have been done in all; the last epoch may be shorter.
+
+        Args:
+            callbacks: besides the usual ones (means, speed, console, stats.json, TensorBoard). Save
+                goes before those that evaluate.
+            session_init: gives rank 0's variables their first values; rank 0 gives them to others.
+            steps_done: by the run that this one continues. If that was ended while it evaluated,
+                the evaluation is done again.
+        """
+        monitors = [TFEventWriter(), Statistics(), ScalarPrinter()] if self.is_chief else []
+        epochs_done = runs.count_epochs(steps_per_epoch, steps_done, max_steps)
+        shutdown.step = steps_done
+        if self.is_chief:
+            shutdown.marker = os.path.join(logger.get_logger_dir(), runs.MARKER)
+        session_creator = NewSessionCreator()
+        session_creator.config = self._config  # as an argument, it would be warned of
+        with shutdown.explain('training'):
+            self.train(
+                [AlignEpochs(steps_per_epoch, max_steps), self._means, self._speed, *callbacks],
+                monitors, session_creator, session_init, steps_per_epoch, epochs_done + 1,
+                max_epoch=math.ceil(max_steps / steps_per_epoch))
+        shutdown.phase = None
+        shutdown.exit_if_ended()
+        shutdown.unmark()
+
+
+class FollowStepCounter(MaintainStepCounter):
+    """The train op counts steps; this only tells the trainer."""
+
+    def _setup_graph(self):
+        tf.train.get_or_create_global_step()
+
+    def _before_run(self, _):
+        return None
+
+
+class AlignEpochs(Callback):
+    """Epochs end at multiples of steps_per_epoch, also after resuming in the middle of one or (with
+    no steps) at its end, and at max_steps; and with the same variables on all ranks."""
+    _chief_only = False
+
+    def __init__(self, steps_per_epoch, max_steps):
+        self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
+
+    def _before_epoch(self):
+        end = min(self.epoch_num * self._steps_per_epoch, self._max_steps)
+        self.trainer.loop.steps_per_epoch = end - self.global_step
+
+    def _trigger_epoch(self):
+        self.trainer.broadcast()
+
+
+class EpochMeans(Callback):
+    """Logs the mean of some scalars (dict of name -> tensor) over the steps of an epoch and over
+    all ranks; stops at the step where one is not finite."""
+    _chief_only = False
+
+    def __init__(self, tensors):
+        self._tensors, self._gather = tensors, ranks.Gather(tf.float64, [len(tensors)])
+
+    def _before_epoch(self):
+        self._values = []  # [len(tensors)] of each step
+        self._logged = time.time()
+
+    def _before_run(self, _):
+        return tf.train.SessionRunArgs(list(self._tensors.values()))
+
+    def _after_run(self, _, run_values):
+        self._values.append(run_values.results)
+        for name, value in zip(self._tensors, run_values.results):
+            if not np.isfinite(value):
+                raise UserError(f'{name} is {value} at step {self.global_step}: stopped; '
+                                'checkpoints are of earlier steps')
+        if time.time() > self._logged + LOG_INTERVAL:
+            self._logged = time.time()
+            means = zip(self._tensors, np.mean(self._values, axis=0))
+            logger.info(f'step {self.global_step}, means of this epoch on this rank: ' +
+                        ', '.join(f'{name} {mean:.4g}' for name, mean in means))
+
+    def _trigger_epoch(self):
+        if self._values:
+            means = np.mean(self._values, axis=0, keepdims=True, dtype=np.float64)  # [1, tensors]
+            means = self._gather(self.trainer.sess, means).mean(axis=0)  # of all ranks
+            for name, mean in zip(self._tensors, means):
+                self.trainer.monitors.put_scalar(name, mean)
+
+
+class Speed(Callback):
+    """Logs images/s, all ranks' `batch` being that of a step, and the share of the time that steps
+    waited for data; `waited` is a scalar tensor, the seconds that have been spent waiting."""
+
+    def __init__(self, batch, waited):
+        self._batch, self._waited = batch, waited
+
+    def _before_epoch(self):
+        self._seconds = []  # of each step
+
+    def _before_run(self, _):
+        self._start = time.time()
+
+    def _after_run(self, _, __):
+        self._seconds.append(time.time() - self._start)
+        if len(self._seconds) == 1:
+            self._waited_before = self.trainer.sess.run(self._waited)
+
+    def _trigger_epoch(self):
+        seconds = self._seconds[1:]  # in the first step of an epoch, pipeline and kernels are cold
+        if seconds:
+            waited = self.trainer.sess.run(self._waited) - self._waited_before
+            put = self.trainer.monitors.put_scalar
+            put('images_per_second', len(seconds) * self._batch / sum(seconds))
+            put('data_wait', waited / sum(seconds))
+
+
+class Save(ModelSaver):
+    """Writes a checkpoint after every epoch, and keeps the newest ones. Weights that are not finite
+    are not saved; a checkpoint that cannot be written ends the run (ModelSaver would go on)."""
+    _chief_only = False
+
+    def __init__(self, max_to_keep):
+        # ModelSaver would keep another checkpoint of every half hour for ever
+        super().__init__(max_to_keep=max_to_keep, keep_checkpoint_every_n_hours=1e9)
+
+    def _setup_graph(self):
+        if hvd.rank() != 0:
+            return
+        super()._setup_graph()
+        self._finite = {v.op.name: tf.reduce_all(tf.math.is_finite(v.read_value()))
+                        for v in tf.global_variables() if v.dtype.base_dtype.is_floating}
+
+    def _before_train(self):
+        # ModelSaver would write a meta graph, which nothing here reads
+        if self.trainer.max_epoch == 0:
+            self._trigger()  # no steps were asked for, but the initial weights are of use
+
+    def _trigger_epoch(self):
+        with shutdown.checkpoint():
+            self._trigger()
+
+    def _trigger(self):
+        if hvd.rank() != 0:
+            return
+        wrong = [name for name, finite in self.trainer.sess.run(self._finite).items() if not finite]
+        if wrong:
+            raise UserError(f'{wrong[0]} is not finite after step {self.global_step}: stopped; '
+                            'checkpoints are of earlier steps')
+        try:
+            path = self.saver.save(
+                self.trainer.sess, self.path, global_step=tf.train.get_global_step(),
+                write_meta_graph=False)
+        except tf.errors.CancelledError:
+            raise  # the session was closed meanwhile
+        except (OSError, tf.errors.OpError) as error:
+            free = shutil.disk_usage(self.checkpoint_dir).free / 2**20
+            reason = error if isinstance(error, OSError) else one_line(error)
+            raise UserError(f'cannot write a checkpoint to {self.checkpoint_dir}, on whose disk '
+                            f'{free:.1f} MB are free: {reason}')
+        logger.info(f'saved {path}')
+
+
+class Statistics(JSONWriter):
+    """Writes stats.json, and goes on with what is there of the steps that have been done;
+    JSONWriter would begin anew when a run goes on in the middle of an epoch."""
+
+    def _before_train(self):
+        self._fname = os.path.join(logger.get_logger_dir(), self.FILENAME)
+        self._stats = [epoch for epoch in self.load_existing_json() or []
+                       if epoch['global_step'] <= self.global_step]
+        self._trigger()
