@@ -362,7 +362,8 @@ class Clone:
         for directory in (self.path / "tools", self._bin):
             directory.mkdir(parents=True)
         for name in ("requirements.txt", "requirements-cpu.txt", "requirements-tf2.txt",
-                     "Makefile", "tools/make_env.sh", "augment.cc", "zmq_ops"):
+                     "Makefile", "tools/make_env.sh", "tools/find_system.sh", "augment.cc",
+                     "zmq_ops"):
             copy = shutil.copytree if name == "zmq_ops" else shutil.copy
             copy(os.path.join(ROOT, name), str(self.path / name))
         shutil.rmtree(str(self.path / "zmq_ops" / "build"), ignore_errors=True)

@@ -3,9 +3,9 @@
 
     make demo
 
-Every stage is a command line that a user could type; it is printed, and its output goes to a file.
-A stage that is done is not done again, an interrupted pre-training continues. The last thing
-printed is a table, which results.json repeats.
+Every stage is a command line, as a user could type it; it is printed, and its output goes to a
+file. The same command again skips finished stages and continues an interrupted pre-training. The
+last output is a table, which results.json repeats.
 """
 import argparse
 import json
@@ -46,8 +46,8 @@ class Stages:
         If another command has been run in its place, this and all later stages begin anew.
 
         Args:
-            name: names its log.
-            title: says what happens.
+            name: of its log.
+            title: printed above the command.
             command: as a user would type it in the project's folder.
             output: a file or folder that it writes, to be removed before it begins anew.
             stats: a stats.json whose new epochs are reported while it runs.
@@ -61,7 +61,7 @@ class Stages:
         record = self._done.get(
             name, {'command': command, 'output': output, 'seconds': 0, 'done': False})
         if not record['done']:
-            print('\n== {}\n   {}'.format(title, command), flush=True)
+            print(f'\n== {title}\n   {command}', flush=True)
             start = time.time()
             log = os.path.join(self._folder, name + '.log')
             try:
@@ -88,7 +88,7 @@ class Stages:
                     print('   ' + describe(epoch), flush=True)
                 if len(epochs) > shown or time.time() > next_sign:
                     if len(epochs) == shown:
-                        print('   ... {}'.format(last_line(log)), flush=True)
+                        print(f'   ... {last_line(log)}', flush=True)
                     next_sign = time.time() + 20
                 shown = len(epochs)
         except BaseException:
@@ -98,8 +98,8 @@ class Stages:
         if process.returncode != 0:
             with open(log) as f:
                 print(''.join(f.readlines()[-25:]))
-            sys.exit('make demo: this failed with exit code {}; all of its output is in {}'.format(
-                process.returncode, log))
+            sys.exit(f'make demo: this failed with exit code {process.returncode}; all of its '
+                     f'output is in {log}')
 
 
 def remove(path):
@@ -132,7 +132,7 @@ def describe(epoch):
             ('data_wait', 'waited for data {:.1%} of the time')):
         if key in epoch:
             parts.append(words.format(epoch[key]))
-    return 'epoch {}: {}'.format(epoch['epoch_num'], ', '.join(parts))
+    return f'epoch {epoch["epoch_num"]}: {", ".join(parts)}'
 
 
 def setup_seconds():
@@ -145,7 +145,7 @@ def setup_seconds():
 
 
 def main(args):
-    # end what has been started too, also where a shell has made signals ignored
+    # a signal ends the stage too, even if the shell has set signals to be ignored
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, data = args.logdir, args.data
@@ -156,32 +156,33 @@ def main(args):
     q = shlex.quote
 
     def run_knn(name, title, what):
-        return stages.run('knn-' + name, title, '{} eval_knn.py {} --data {} --out {}'.format(
-            LAUNCH, what, q(data), q(knn[name])), knn[name])
+        return stages.run(
+            'knn-' + name, title,
+            f'{LAUNCH} eval_knn.py {what} --data {q(data)} --out {q(knn[name])}', knn[name])
 
-    pretrain_command = '{} main_moco.py --data {} {} {} --logdir '.format(
-        LAUNCH, q(data), NETWORK, PRETRAIN)
+    pretrain_command = f'{LAUNCH} main_moco.py --data {q(data)} {NETWORK} {PRETRAIN} --logdir '
     fetch = stages.run('data', 'CIFAR-10 as class folders',
-                       '{} tools/prepare_cifar10.py {}'.format(PYTHON, q(data)))
+                       f'{PYTHON} tools/prepare_cifar10.py {q(data)}')
     knn_seconds = run_knn('pixels', 'kNN on raw pixels: what every network should beat',
                           '--pixels --image-size 32')
     stages.run('random', 'A network with random weights',
                pretrain_command + q(paths['random']) + ' --max-steps 0', paths['random'])
     knn_seconds += run_knn('random', 'kNN on its features',
-                           '--load {} {}'.format(q(paths['random']), NETWORK))
+                           f'--load {q(paths["random"])} {NETWORK}')
     pretrain = stages.run('pretrain', 'MoCo v2 pre-training, without labels',
                           pretrain_command + q(paths['moco']), paths['moco'],
                           os.path.join(paths['moco'], 'stats.json'))
     knn_seconds += run_knn('moco', 'kNN on its features',
-                           '--load {} {}'.format(q(paths['moco']), NETWORK))
+                           f'--load {q(paths["moco"])} {NETWORK}')
     linear = stages.run(
         'linear', 'Linear classification on its frozen features',
-        '{} main_lincls.py --load {} {} --data {} {} --logdir {}'.format(
-            LAUNCH, q(paths['moco']), NETWORK, q(data), LINEAR, q(paths['linear'])),
+        f'{LAUNCH} main_lincls.py --load {q(paths["moco"])} {NETWORK} --data {q(data)} {LINEAR} '
+        f'--logdir {q(paths["linear"])}',
         paths['linear'], os.path.join(paths['linear'], 'stats.json'))
     curves = os.path.join(folder, 'curves.png')
-    stages.run('curves', 'Curves', '{} tools/plot_curves.py {} {} --out {}'.format(
-        PYTHON, q(paths['moco']), q(paths['linear']), q(curves)), curves)
+    stages.run('curves', 'Curves',
+               f'{PYTHON} tools/plot_curves.py {q(paths["moco"])} {q(paths["linear"])} '
+               f'--out {q(curves)}', curves)
 
     results = {
         name + '_knn': read_json(knn[key], {})['knn_top1']
@@ -199,10 +200,10 @@ def main(args):
             ('raw pixels, mean-centred, kNN', 'raw_pixels_knn'),
             ('random weights, kNN', 'random_init_knn'),
             ('MoCo v2, kNN', 'pretrained_knn'), ('MoCo v2, linear', 'pretrained_linear')):
-        print('  {:32}{:6.2f} %'.format(words, results[key]))
-    print('seconds: ' + ', '.join('{} {:.0f}'.format(*item) for item in results['seconds'].items()))
-    print('curves: {}\nresults: {}\ncheckpoints and logs: {}'.format(
-        curves, os.path.join(folder, 'results.json'), ', '.join(sorted(paths.values()))))
+        print(f'  {words:32}{results[key]:6.2f} %')
+    print('seconds: ' + ', '.join(f'{name} {s:.0f}' for name, s in results['seconds'].items()))
+    print(f'curves: {curves}\nresults: {os.path.join(folder, "results.json")}\n'
+          f'checkpoints and logs: {", ".join(sorted(paths.values()))}')
 
 
 if __name__ == '__main__':
@@ -211,5 +212,5 @@ if __name__ == '__main__':
     parser.add_argument('--data', default='datasets/cifar10',
                         help='where CIFAR-10 goes (default: datasets/cifar10)')
     parser.add_argument('--logdir', default=LOGDIR,
-                        help='where everything else goes (default: {})'.format(LOGDIR))
+                        help=f'where everything else goes (default: {LOGDIR})')
     main(parser.parse_args())

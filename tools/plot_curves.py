@@ -3,8 +3,8 @@
 
     python tools/plot_curves.py runs/moco runs/lincls --out curves.png
 
-reads stats.json of each log folder (one entry per epoch) and draws a panel for each of these that
-any run has: the contrastive loss with its chance level ln(K+1), (K+1)-way accuracy, learning rate,
+reads stats.json of each log folder (one entry per epoch) and draws a panel for each of these, if a
+run has it: the contrastive loss with its chance level ln(K+1), (K+1)-way accuracy, learning rate,
 kNN top-1 and, of linear classification, training and validation error. Runs are told apart by their
 folders' names.
 """
@@ -16,54 +16,48 @@ import os
 import sys
 
 # how to draw a key of stats.json: in which panel, the line's name and style, value -> value shown
-Curve = collections.namedtuple("Curve", "panel name style convert")
-# pre-training (0.03, say) and linear classification (30) have rates that no axis shows together
-LINEAR_RATE = "learning rate, linear classification"
+Curve = collections.namedtuple('Curve', 'panel name style convert')
+# no axis shows the rates of pre-training (0.03, say) and linear classification (30) together
+LINEAR_RATE = 'learning rate, linear classification'
 CURVES = collections.OrderedDict([
-    ("loss", Curve("contrastive loss", "", "-", float)),
-    ("accuracy", Curve("(K+1)-way accuracy, %", "", "-", lambda fraction: 100 * fraction)),
-    ("learning_rate", Curve("learning rate", "", "-", float)),
-    ("knn_top1", Curve("kNN top-1, %", "", "-", float)),
-    (LINEAR_RATE, Curve(LINEAR_RATE, "", "-", float)),
-    ("train_top1", Curve("linear classification, error %", "train", ":", lambda top1: 100 - top1)),
-    ("val_top1", Curve("linear classification, error %", "val", "-", lambda top1: 100 - top1)),
+    ('loss', Curve('contrastive loss', '', '-', float)),
+    ('accuracy', Curve('(K+1)-way accuracy, %', '', '-', lambda fraction: 100 * fraction)),
+    ('learning_rate', Curve('learning rate', '', '-', float)),
+    ('knn_top1', Curve('kNN top-1, %', '', '-', float)),
+    (LINEAR_RATE, Curve(LINEAR_RATE, '', '-', float)),
+    ('train_top1', Curve('linear classification, error %', 'train', ':', lambda top1: 100 - top1)),
+    ('val_top1', Curve('linear classification, error %', 'val', '-', lambda top1: 100 - top1)),
 ])
 
 # name, the points and their style; `run` numbers the runs and so gives the colour
-Series = collections.namedtuple("Series", "run name style x y")
+Series = collections.namedtuple('Series', 'run name style x y')
 # levels: values to mark with a dashed line, each with its label
-Panel = collections.namedtuple("Panel", "title series levels")
+Panel = collections.namedtuple('Panel', 'title series levels')
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 
 
 def read_stats(run):
-    """Read the stats.json of a run.
-
-    Args:
-        run: log folder.
-
-    Returns:
-        list of dicts, one per epoch.
+    """The epochs of a run, dicts, from stats.json in its log folder.
 
     Raises:
         ValueError: it is missing or malformed; the message names the file.
     """
-    path = os.path.join(run, "stats.json")
+    path = os.path.join(run, 'stats.json')
     try:
         with open(path) as f:
             stats = json.load(f)
     except OSError as e:
-        raise ValueError("cannot read %s: %s" % (path, e.strerror))
+        raise ValueError(f'cannot read {path}: {e.strerror}')
     except ValueError as e:
-        raise ValueError("%s is not JSON: %s" % (path, e))
+        raise ValueError(f'{path} is not JSON: {e}')
     if not isinstance(stats, list) or not stats or not all(isinstance(e, dict) for e in stats):
-        raise ValueError("%s is not a list of epochs, as training writes it" % path)
+        raise ValueError(f'{path} is not a list of epochs, as training writes it')
     for entry in stats:
-        for key in list(CURVES) + ["epoch_num", "queue_size"]:
+        for key in list(CURVES) + ['epoch_num', 'queue_size']:
             if not isinstance(entry.get(key, 0), (int, float)):
-                raise ValueError("%s: %s is %r, not a number" % (path, key, entry[key]))
+                raise ValueError(f'{path}: {key} is {entry[key]!r}, not a number')
     return stats
 
 
@@ -89,36 +83,30 @@ def collect_panels(runs):
     panels = collections.OrderedDict(
         (curve.panel, Panel(curve.panel, [], [])) for curve in CURVES.values())
     for run, stats in enumerate(runs):
-        if any("train_top1" in entry or "val_top1" in entry for entry in stats):
+        if any('train_top1' in entry or 'val_top1' in entry for entry in stats):
             stats = [dict(entry) for entry in stats]
             for entry in stats:
-                if "learning_rate" in entry:
-                    entry[LINEAR_RATE] = entry.pop("learning_rate")
+                if 'learning_rate' in entry:
+                    entry[LINEAR_RATE] = entry.pop('learning_rate')
         for key, curve in CURVES.items():
-            points = [(entry.get("epoch_num", i), curve.convert(entry[key]))
+            points = [(entry.get('epoch_num', i), curve.convert(entry[key]))
                       for i, entry in enumerate(stats, 1) if key in entry]
             if points:
                 x, y = zip(*points)
                 panels[curve.panel].series.append(Series(run, curve.name, curve.style, x, y))
 
-    queue_sizes = {entry["queue_size"] for stats in runs for entry in stats
-                   if "queue_size" in entry and "loss" in entry}
+    queue_sizes = {entry['queue_size'] for stats in runs for entry in stats
+                   if 'queue_size' in entry and 'loss' in entry}
     for size in sorted(queue_sizes):
-        chance = math.log(size + 1), "chance, ln(%d + 1)" % size
-        panels[CURVES["loss"].panel].levels.append(chance)
+        chance = math.log(size + 1), f'chance, ln({size:.0f} + 1)'
+        panels[CURVES['loss'].panel].levels.append(chance)
     return [panel for panel in panels.values() if panel.series]
 
 
 def draw(panels, names, out):
-    """Draw panels.
-
-    Args:
-        panels: list of `Panel`s, at least one.
-        names: name of each run.
-        out: file to write.
-    """
+    """Write a picture of the panels, at least one; `names` are those of the runs."""
     import matplotlib
-    matplotlib.use("Agg")
+    matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
@@ -133,9 +121,9 @@ def draw(panels, names, out):
     # one legend for all panels, of the runs
     if len(names) > 1:
         lines = [plt.Line2D([], [], color=COLOURS[i % len(COLOURS)]) for i in range(len(names))]
-        fig.legend(lines, names, loc="lower center", ncol=min(len(names), 4), frameon=False)
+        fig.legend(lines, names, loc='lower center', ncol=min(len(names), 4), frameon=False)
     else:
-        fig.suptitle(names[0], x=0.01, ha="left", fontsize=11, color="0.35")
+        fig.suptitle(names[0], x=0.01, ha='left', fontsize=11, color='0.35')
     fig.tight_layout(rect=(0, 0.12 / rows if len(names) > 1 else 0, 1, 1))
     fig.savefig(out, dpi=130)
     plt.close(fig)
@@ -146,44 +134,44 @@ def draw_panel(axis, panel):
         colour = COLOURS[series.run % len(COLOURS)]
         few = len(series.x) <= 25  # then the points themselves can be told apart
         axis.plot(series.x, series.y, series.style, color=colour, lw=1.8,
-                  marker="o" if few else None, ms=3)
-        axis.annotate("%.3g" % series.y[-1], (series.x[-1], series.y[-1]), xytext=(5, 0),
-                      textcoords="offset points", va="center", fontsize=8, color=colour)
+                  marker='o' if few else None, ms=3)
+        axis.annotate(f'{series.y[-1]:.3g}', (series.x[-1], series.y[-1]), xytext=(5, 0),
+                      textcoords='offset points', va='center', fontsize=8, color=colour)
     for value, label in panel.levels:
-        axis.axhline(value, color="0.45", ls="--", lw=1)
-        axis.annotate(label, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                      textcoords="offset points", ha="right", fontsize=8, color="0.35")
+        axis.axhline(value, color='0.45', ls='--', lw=1)
+        axis.annotate(label, (1, value), xycoords=('axes fraction', 'data'), xytext=(-2, 3),
+                      textcoords='offset points', ha='right', fontsize=8, color='0.35')
     named = {series.name: series.style for series in panel.series if series.name}
     if named:
-        lines = [axis.plot([], [], style, color="0.3")[0] for style in named.values()]
+        lines = [axis.plot([], [], style, color='0.3')[0] for style in named.values()]
         axis.legend(lines, list(named), frameon=False, fontsize=8)
 
-    axis.set_title(panel.title, fontsize=10, loc="left")
-    axis.set_xlabel("epoch", fontsize=9)
+    axis.set_title(panel.title, fontsize=10, loc='left')
+    axis.set_xlabel('epoch', fontsize=9)
     axis.tick_params(labelsize=8)
     axis.margins(x=0.08, y=0.1)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(color="0.92")
+    axis.grid(color='0.92')
     axis.set_axisbelow(True)
-    for side in ("top", "right"):
+    for side in ('top', 'right'):
         axis.spines[side].set_visible(False)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="log folder of a run")
-    parser.add_argument("--out", required=True, help="picture to write, e.g. curves.png")
+    parser.add_argument('runs', metavar='RUN', nargs='+', help='log folder of a run')
+    parser.add_argument('--out', required=True, help='picture to write, e.g. curves.png')
     args = parser.parse_args()
     try:
         panels = collect_panels([read_stats(run) for run in args.runs])
         if not panels:
-            raise ValueError("nothing to draw in stats.json of " + ", ".join(args.runs))
+            raise ValueError('nothing to draw in stats.json of ' + ', '.join(args.runs))
         draw(panels, name_runs(args.runs), args.out)
     except (OSError, ValueError) as e:
-        sys.exit("plot_curves.py: error: %s" % e)
-    print("wrote %s" % args.out)
+        sys.exit(f'plot_curves.py: error: {e}')
+    print(f'wrote {args.out}')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

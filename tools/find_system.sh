@@ -1,0 +1,129 @@
+# shellcheck shell=bash
+# What make_env.sh, which sources this, needs of the system: a Python, system packages, and disk.
+
+# ---- Python
+
+# try_python INTERPRETER VERSIONS: prints its full path if it really runs, is of one of the versions
+# and can make environments and extensions; else fails and prints what is wrong. (Version managers
+# put names on PATH that refuse to run.)
+try_python() {
+    "$1" - "$2" 2> /dev/null << 'PY' && return
+import os, sys, sysconfig
+version = "%d.%d" % sys.version_info[:2]
+wrong = None
+if version not in sys.argv[1].split():
+    wrong = "is Python " + version
+elif sys.maxsize < 2**32:
+    wrong = "is a 32-bit Python"
+else:
+    try:
+        import ctypes, ensurepip, ssl, venv, zlib
+    except ImportError as e:
+        wrong = "lacks a standard module (%s)" % e
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        wrong = "has no Python.h (the -dev or -devel package)"
+if wrong:
+    sys.stdout.write(wrong + "\n")
+    sys.exit(3)
+sys.stdout.write(sys.executable + "\n")
+PY
+    return 1
+}
+
+candidates() {  # candidates VERSION
+    local dir
+    type -aP "python$1" python3 python 2> /dev/null || true
+    if command -v pyenv > /dev/null; then
+        ls -1 "$(pyenv root)"/versions/"$1".*/bin/python 2> /dev/null || true
+    fi
+    for dir in "${CONDA_PREFIX:-}" "${CONDA_EXE:+${CONDA_EXE%/bin/*}}" "${MAMBA_ROOT_PREFIX:-}" \
+        ~/.conda ~/{anaconda,miniconda,miniforge,mambaforge}{,3} ~/micromamba /opt/conda; do
+        if [[ -z $dir ]]; then continue; fi
+        ls -1 "$dir/bin/python$1" "$dir"/envs/*/bin/"python$1" 2> /dev/null || true
+    done
+    if command -v uv > /dev/null; then
+        UV_PYTHON_DOWNLOADS=never uv python find "$1" 2> /dev/null || true
+    fi
+}
+
+search_python() {  # prints the first that works; or fails and prints what one of them lacks
+    local version candidate found nearly=
+    for version in $pythons; do
+        while IFS= read -r candidate; do
+            if [[ $candidate == "$PWD"/.venv-* ]]; then continue; fi
+            found=$(try_python "$candidate" "$version") && say "$found" && return
+            if [[ -n $found && $found != 'is Python '* ]]; then nearly="$candidate $found"; fi
+        done < <(candidates "$version")
+    done
+    printf '%s' "$nearly"
+    return 1
+}
+
+find_python() {
+    local found
+    if [[ -n ${PYTHON:-} ]]; then
+        found=$(try_python "$PYTHON" "$pythons") && say "$found" && return
+        fail "PYTHON=$PYTHON ${found:-does not run}; TensorFlow 1.15 needs Python 3.7, 2.15 needs" \
+            '3.9 to 3.11, both with venv and headers'
+    fi
+    found=$(search_python) && say "$found" && return
+    fail "${found:+$found. }TensorFlow $tf_version needs $python_range, and none that works is on" \
+        "PATH or in pyenv, conda or uv: $(how_to_get_python), then run the same command again"
+}
+
+how_to_get_python() {
+    local version=${pythons%% *}
+    if command -v uv > /dev/null; then say "uv python install $version"
+    elif command -v pyenv > /dev/null; then say "pyenv install $version"
+    elif command -v conda > /dev/null; then say "conda create -y -n py${version/./} python=$version"
+    elif command -v mamba > /dev/null; then say "mamba create -y -n py${version/./} python=$version"
+    else say "pip install uv, then uv python install $version"
+    fi
+}
+
+# ---- system packages: what counts is whether a program that uses them compiles
+
+compiles() {  # compiles SOURCE FLAGS...
+    printf '%s\n' "$1" > "$scratch/a.cc"
+    ${CXX:-g++} -o "$scratch/a" "$scratch/a.cc" "${@:2}" > "$scratch/out" 2>&1
+}
+has_compiler() { compiles 'int main() { return 0; }'; }
+has_zmq() {
+    local flags
+    read -ra flags < <(pkg-config --cflags --libs libzmq 2> /dev/null || echo -lzmq)
+    compiles $'#include <zmq.h>\nint main() { return zmq_errno(); }' "${flags[@]}"
+}
+has_make() { command -v make > /dev/null; }
+
+get_system_packages() {
+    local packages=() command root=()
+    has_compiler || packages+=(g++)
+    has_make || packages+=(make)
+    has_zmq || packages+=(libzmq3-dev pkg-config)
+    if ((${#packages[@]} == 0)); then return; fi
+    command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
+    if ! command -v apt-get > /dev/null; then
+        fail "missing on this system: ${packages[*]} (as Debian calls them);" \
+            'install them with its package manager, then run the same command again'
+    fi
+    if ((EUID != 0)); then
+        sudo -n true 2> /dev/null || fail "missing on this system: ${packages[*]}; please run:" \
+            "sudo sh -c '$command', then the same command again"
+        root=(sudo -n)
+    fi
+    say "      installing ${packages[*]} with apt-get (up to a minute)"
+    run "${root[@]}" apt-get update -q
+    run "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -q -y --no-install-recommends "${packages[@]}"
+    has_compiler || fail "${CXX:-g++} does not compile; all output is in $log"
+    has_zmq || fail "zmq.h does not compile, though libzmq3-dev is installed; all output is in $log"
+}
+
+need_disk() {
+    local free venv_gb=3
+    if [[ $runtime-$build == tf2-gpu ]]; then venv_gb=8; fi  # with CUDA's libraries
+    free=$(df -Pk . | awk 'NR == 2 {print $4}')
+    if ((free < venv_gb * 1024 * 1024)); then
+        fail "the environment needs $venv_gb GB of disk; only $((free / 1024)) MB are free in $PWD"
+    fi
+}
