@@ -56,11 +56,11 @@ class ZMQPullSocket:
                              'shapes as types: got {} end points, {} types, {} shapes'.format(
                                  len(end_points), len(types), len(shapes)))
         if hwm is not None and hwm < 0:
-            raise ValueError('hwm must not be negative: {}'.format(hwm))
+            raise ValueError(f'hwm must not be negative: {hwm}')
 
         self._name = name or 'zmq_pull_socket'
         # of its own, since graphs, and in a cluster clients, may share a resource manager
-        self._shared_name = '{}-{}'.format(self._name, uuid.uuid4().hex)
+        self._shared_name = f'{self._name}-{uuid.uuid4().hex}'
         self._pull_args = dict(
             types=types, shapes=[tf.TensorShape(shape) for shape in shapes], end_points=end_points,
             hwm=-1 if hwm is None else int(hwm), bind=bool(bind), timeout=float(timeout or 0))
@@ -109,7 +109,7 @@ def load_ops(build_dir):
     import tensorflow as tf
 
     running = tf.__version__
-    path = os.path.join(build_dir, 'pull_op-tf{}.so'.format(running))
+    path = os.path.join(build_dir, f'pull_op-tf{running}.so')
     try:
         with open(path, 'rb') as f:
             content = f.read()
@@ -118,7 +118,7 @@ def load_ops(build_dir):
         raise _import_error('is not built for TensorFlow {}, which is running{}'.format(
             running, ', only for ' + ', '.join(others) if others else '')) from None
     except OSError as error:
-        raise _import_error('cannot be read: {}'.format(error)) from error
+        raise _import_error(f'cannot be read: {error}') from error
 
     # A library that was cut off would not fail to load but kill the process with SIGBUS. Its table
     # of sections ends an ELF file: e_shoff, e_shentsize and e_shnum tell where.
@@ -128,7 +128,7 @@ def load_ops(build_dir):
         entry_size, entries = struct.unpack_from('=HH', content, 58)
         whole = offset + entry_size * entries <= len(content)
     if not whole:
-        raise _import_error('is broken: {} is not a whole shared library'.format(path))
+        raise _import_error(f'is broken: {path} is not a whole shared library')
     built_for = re.search(rb'zmq_ops built for TensorFlow <([^>]*)>', content)
     built_for = built_for.group(1).decode() if built_for else 'an unknown version'
     if built_for != running:
@@ -138,7 +138,7 @@ def load_ops(build_dir):
     try:
         return tf.load_op_library(path)
     except (tf.errors.OpError, OSError) as error:
-        raise _import_error('cannot be loaded: {}'.format(error)) from error
+        raise _import_error(f'cannot be loaded: {error}') from error
 
 
 def list_dir(path):
@@ -146,4 +146,4 @@ def list_dir(path):
 
 
 def _import_error(what):
-    return ImportError('the pull op of zmq_ops {}; `make env` builds it'.format(what))
+    return ImportError(f'the pull op of zmq_ops {what}; `make env` builds it')

@@ -79,7 +79,7 @@ def new_message(specs, allocate=None):
         for dim in shape:
             nbytes *= int(dim)
         ndim = len(shape)
-        headers.append(struct.pack('=ii{}iq'.format(ndim), number, ndim, *shape, nbytes))
+        headers.append(struct.pack(f'=ii{ndim}iq', number, ndim, *shape, nbytes))
         sizes.append(nbytes)
 
     # np.empty does not fill with zeros, which a bytearray would
@@ -116,7 +116,7 @@ def load_arrays(message):
         nonlocal position
         size = struct.calcsize('=' + code)
         if size > len(message) - position:
-            raise ValueError('malformed message: cut off in {}'.format(what))
+            raise ValueError(f'malformed message: cut off in {what}')
         values = struct.unpack_from('=' + code, message, position)
         position += size
         return values
@@ -128,16 +128,15 @@ def load_arrays(message):
 
     arrays = []
     for index in range(count):
-        where = 'tensor {}'.format(index)
+        where = f'tensor {index}'
 
         # header
         number, ndim = read('ii', where)
         if number not in DTYPES:
-            raise ValueError('malformed message: {}: unknown dtype number {}'.format(where, number))
+            raise ValueError(f'malformed message: {where}: unknown dtype number {number}')
         if not 0 <= ndim <= MAX_DIMS:
-            raise ValueError('malformed message: {}: ndim {} is not within 0..{}'.format(
-                where, ndim, MAX_DIMS))
-        shape = read('{}i'.format(ndim), where)
+            raise ValueError(f'malformed message: {where}: ndim {ndim} is not within 0..{MAX_DIMS}')
+        shape = read(f'{ndim}i', where)
         nbytes, = read('q', where)
 
         # shape against number of bytes; the zeros are left out for message.h's reason
@@ -145,7 +144,7 @@ def load_arrays(message):
         for dim in shape:
             nonzero_bytes *= dim or 1
         if min(shape, default=0) < 0 or nonzero_bytes > INT64_MAX:
-            raise ValueError('malformed message: {}: impossible shape {}'.format(where, shape))
+            raise ValueError(f'malformed message: {where}: impossible shape {shape}')
         expected = 0 if 0 in shape else nonzero_bytes
         if nbytes != expected or nbytes > len(message) - position:
             raise ValueError('malformed message: {} announces {} bytes of data, but its shape and '
@@ -155,10 +154,9 @@ def load_arrays(message):
         # data
         array = np.ndarray(shape, DTYPES[number], buffer=message, offset=position)
         if array.dtype == bool and array.size and array.view(np.uint8).max() > 1:
-            raise ValueError('malformed message: {}: a bool is neither 0 nor 1'.format(where))
+            raise ValueError(f'malformed message: {where}: a bool is neither 0 nor 1')
         arrays.append(array)
         position += nbytes
     if position != len(message):
-        raise ValueError('malformed message: {} bytes too many at its end'.format(
-            len(message) - position))
+        raise ValueError(f'malformed message: {len(message) - position} bytes too many at its end')
     return arrays

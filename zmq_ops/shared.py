@@ -77,7 +77,7 @@ class SharedMessages:
                 os.posix_fallocate(file.fileno(), 0, size)  # or writing to it would be a SIGBUS
             except OSError as error:
                 raise OSError(error.errno, error.strerror,
-                              '{} bytes of shared memory'.format(size)) from error
+                              f'{size} bytes of shared memory') from error
             return mmap.mmap(file.fileno(), size)
         message, arrays = new_message(specs, allocate)
         frame = REFERENCE.pack(-1, os.getpid(), file.fileno(), self._release.fileno(),
@@ -116,7 +116,7 @@ def fetch_message(frame):
         status = os.fstat(file.fileno())
         if not is_pipe or not stat.S_ISREG(status.st_mode) or (
                 status.st_ino, status.st_size) != (inode, size):
-            raise OSError('/proc/{}/fd/{} is not the message'.format(pid, memory))
+            raise OSError(f'/proc/{pid}/fd/{memory} is not the message')
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as message:
             copy = message[:]
         with contextlib.suppress(OSError):  # nobody is there to write over it
@@ -126,6 +126,6 @@ def fetch_message(frame):
 
 def _open_descriptor(pid, number, flags):
     """A descriptor of another process, as a file; it is neither emptied nor waited for."""
-    path = '/proc/{}/fd/{}'.format(pid, number)
+    path = f'/proc/{pid}/fd/{number}'
     return os.fdopen(os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY),
                      'rb' if flags == os.O_RDONLY else 'wb', 0)
