@@ -112,8 +112,8 @@ def read_weights(path: str, wanted: Predicate = lambda name: True) -> Weights:
     return read(path, wanted)[0]
 
 
-def read(path: str, wanted: Predicate = lambda name: True) -> Tuple[Weights, List[str]]:
-    """read_weights(), and the names of what else the file holds."""
+def read(path: str, wanted: Predicate, pytorch_reader=None) -> Tuple[Weights, List[str]]:
+    """read_weights(), perhaps by another read_pytorch(), and the names of the file's rest."""
     path = find_checkpoint(path)
     try:
         if not os.path.isfile(path):
@@ -121,7 +121,7 @@ def read(path: str, wanted: Predicate = lambda name: True) -> Tuple[Weights, Lis
         file_format = tell_format(path)
         if file_format is None:  # NumPy would tell of pickles
             raise ValueError('by its content it is neither an .npz nor a file of PyTorch')
-        return (read_npz if file_format == 'npz' else read_pytorch)(path, wanted)
+        return (read_npz if file_format == 'npz' else pytorch_reader or read_pytorch)(path, wanted)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile,

@@ -31,7 +31,6 @@ import argparse
 import collections
 import json
 import pickle
-import zipfile
 
 import numpy as np
 
@@ -94,7 +93,7 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False):
     src = weights.find_checkpoint(src)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise UserError(f'{src}: is what would be read and written')
-    arrays, dropped = read(src)
+    arrays, dropped = weights.read(src, weights.is_model, read_pytorch)
     depth, shapes = describe(arrays)
     problems = weights.compare(arrays, shapes)
     if problems:
@@ -116,27 +115,14 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False):
 
 # ---- reading
 
-def read(path):
-    """The weights of a model, a dict of our name -> array, and the names of the file's rest."""
-    try:
-        if os.path.isfile(path) and weights.tell_format(path) == 'pytorch':
-            return read_pytorch(path)
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError,
-            zipfile.BadZipFile) as error:
-        raise UserError(f'{path}: cannot be read as weights: {str(error) or type(error).__name__}')
-    return weights.read(path, weights.is_model)
-
-
-def read_pytorch(path):
+def read_pytorch(path, wanted):
     """Read a file of PyTorch, by the Python that TORCH_PYTHON names if this one has no PyTorch."""
     try:
         pytorch_format.import_pytorch('reading', path)
     except UserError:
         if not os.environ.get('TORCH_PYTHON'):
             raise
-        return weights.read_pytorch(path, weights.is_model)
+        return weights.read_pytorch(path, wanted)
     return pytorch_format.read(path)
 
 
