@@ -15,7 +15,8 @@ Shapes: B images of the bank (of one rank), Q queries, D feature dimension, k ne
 import sys
 
 if __name__ == '__main__':
-    from job import cores
+    from job import cores, launcher
+    launcher.join(sys.argv[1:])
     cores.set_up(sys.argv[1:])  # before TensorFlow is loaded, which reads what this sets
 
 import glob
@@ -88,7 +89,7 @@ class KNN:
         self._outputs = {split: [tf.cast(features(p.images), tf.float32), p.labels]
                          for split, p in self._passes.items()}
         dim = int(self._outputs['train'][0].shape[1])
-        # in host memory, where banks fit, and by TensorFlow, whose threads are set
+        # in host memory, where banks fit, in float32 (a GPU: TF32), by TensorFlow's threads
         with tf.device('/cpu:0'):
             self._asked, self._bank = (tf.placeholder(tf.float32, [None, dim]) for _ in range(2))
             self._similarity = tf.matmul(self._asked, self._bank, transpose_b=True)  # [Q, B]
@@ -206,7 +207,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    threads, gpu = start.begin(args.stall_limit)
+    threads, gpus = start.begin(args.stall_limit)
     inputs.check_labelled(args.data)
     paths = ([None] if args.pixels else list_checkpoints(args.load) if args.all
              else [weights.find_checkpoint(args.load)])
@@ -219,13 +220,13 @@ def main(args):
             for path in paths]
     check_writable(outs)
 
-    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpu else 'NHWC')
+    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpus else 'NHWC')
 
     def features(images):
         """uint8 [n, S, S, 3] -> [n, D]"""
         if args.pixels:
             return tf.reshape(images, [-1, args.image_size ** 2 * 3])
-        return resnet.compile_if(gpu if args.xla is None else args.xla,
+        return resnet.compile_if(gpus > 0 if args.xla is None else args.xla,
                                  lambda x: resnet.project(net(x, training=False), dims), images)
 
     def is_needed(name):
@@ -234,7 +235,7 @@ def main(args):
     with tf.variable_scope('', reuse=tf.AUTO_REUSE):
         knn = KNN(features, args.data, args.image_size, ranks.private_folder(), args.workers,
                   args.cpus, args.k, args.knn_temp, args.batch)
-    with tf.Session(config=start.session_config(threads, gpu)) as sess:
+    with tf.Session(config=start.session_config(threads, gpus)) as sess:
         shutdown.session = sess
         for path, out in zip(paths, outs):
             if path is not None:

@@ -21,12 +21,13 @@ def pull_socket(server: DataServer, signature) -> zmq_ops.ZMQPullSocket:
         shapes=[s.shape for s in signature], timeout=shutdown.stall_limit)
 
 
-def create_source(signature, server: Optional[DataServer], gpu: bool):
+def create_source(signature, server: Optional[DataServer], gpus: int):
     """A tensorpack.InputSource of batches, and the seconds that it has waited for data (a scalar
-    tensor, or None); on a GPU, the next batch is copied to it while this one is computed. Without a
-    server, images are random and the same at every step: to measure the speed of training alone."""
+    tensor, or None); with a GPU, the next batch comes while this one is computed, and stays on the
+    host, where moco.shuffle() permutes images. Without a server, images are random and the same at
+    every step: to measure the speed of training alone."""
     def fake_batch():
-        with tf.variable_scope('fake'):
+        with tf.device('/cpu:0'), tf.variable_scope('fake'):
             return [tf.get_variable(
                 s.name, trainable=False, collections=[tf.GraphKeys.LOCAL_VARIABLES],
                 use_resource=True, initializer=tf.cast(
@@ -34,7 +35,7 @@ def create_source(signature, server: Optional[DataServer], gpu: bool):
                     for s in signature]
     socket = server and pull_socket(server, signature)
     source = TensorInput(socket.pull if server else fake_batch)
-    return StagingInput(source) if gpu else source, socket and socket.waited()
+    return StagingInput(source, device='/cpu:0') if gpus else source, socket and socket.waited()
 
 
 class EvaluationPass:

@@ -12,7 +12,8 @@ Shapes: n images of this rank's batch, S image size, D feature dimension, C clas
 import sys
 
 if __name__ == '__main__':
-    from job import cores
+    from job import cores, launcher
+    launcher.join(sys.argv[1:])
     cores.set_up(sys.argv[1:])  # before TensorFlow is loaded, which reads what this sets
 
 import horovod.tensorflow as hvd
@@ -156,7 +157,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    threads, gpu = start.begin(args.stall_limit)
+    threads, gpus = start.begin(args.stall_limit, args.grace)
     # read by rank 0, from which the other ranks get all variables
     path = weights.find_checkpoint(args.load) if hvd.rank() == 0 else None
     batch_size = runs.divide_batch(args.batch, hvd.size())
@@ -174,13 +175,13 @@ def main(args):
 
     # model
     tf.set_random_seed(args.seed)
-    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpu else 'NHWC')
+    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpus else 'NHWC')
     model = LinearModel(
         net, facts['classes'], batch_size, args.image_size,
         step_schedule(args.lr, args.batch, steps_per_epoch, args.epochs), args.weight_decay,
-        use_xla=gpu if args.xla is None else args.xla)
-    trainer = Trainer(model, *inputs.create_source(model.get_input_signature(), server, gpu),
-                      start.session_config(threads, gpu))
+        use_xla=gpus > 0 if args.xla is None else args.xla)
+    trainer = Trainer(model, *inputs.create_source(model.get_input_signature(), server, gpus),
+                      start.session_config(threads, gpus))
     logger.info(
         f'{facts["images"]} images of {facts["classes"]} classes, {args.batch} in a step on '
         f'{hvd.size()} ranks ({batch_size} each), {steps_per_epoch} steps an epoch, learning rate '

@@ -20,7 +20,8 @@ The algorithm is in moco.py, the order of a step in train_step.py.
 import sys
 
 if __name__ == '__main__':
-    from job import cores
+    from job import cores, launcher
+    launcher.join(sys.argv[1:])
     cores.set_up(sys.argv[1:])  # before TensorFlow is loaded, which reads what this sets
 
 import math
@@ -101,7 +102,7 @@ def parse_args(argv=None):
     add('--knn-every', type=int, default=0, metavar='N', help='kNN classification of val/ by '
         'train/ every N epochs; needs class folders (default: never)')
     add('--amp', action='store_true', help='compute convolutions in 16 bits: bfloat16 on a CPU '
-        'that has it (TensorFlow 2.15), float16 on a GPU (never tried on one)')
+        'that has it (TensorFlow 2.21), float16 on a GPU (never tried on one)')
     flags.add_run_flags(group, compiled='key encoder')
 
     group = parser.add_argument_group('the recipe; defaults are the published values')
@@ -125,6 +126,9 @@ def parse_args(argv=None):
         parser.error('give either --data DIR or --fake')
     if args.fake and args.knn_every:
         parser.error('--knn-every needs --data')
+    if args.amp and args.xla:
+        parser.error('--amp --xla: what XLA compiles stays in 32 bits: give one of the two')
+    args.xla = False if args.amp else args.xla
     flags.check(parser, args, 'queue_size', 'bn_splits', 'temp')
     for name, value in RECIPES['v2' if args.v2 else 'v1'].items():
         if not getattr(args, name):
@@ -140,8 +144,8 @@ def name_recipe(args) -> str:
 
 
 def main(args):
-    threads, gpu = start.begin(args.stall_limit)
-    config = start.session_config(threads, gpu, args.amp)
+    threads, gpus = start.begin(args.stall_limit, args.grace)
+    config = start.session_config(threads, gpus, args.amp)
     batch_size = check_sizes(args.batch, hvd.size(), args.bn_splits, args.queue_size)
     if args.knn_every:
         inputs.check_labelled(args.data)
@@ -165,15 +169,16 @@ def main(args):
         cosine_schedule(args.lr, steps_per_epoch, args.epochs) if args.cos else
         step_schedule(args.lr, args.batch, steps_per_epoch, args.epochs))
     tf.set_random_seed(args.seed)
-    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpu else 'NHWC',
+    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpus else 'NHWC',
                         args.bn_splits)
     model = MOCOModel(
         net, batch_size, queue_size=args.queue_size, momentum=args.momentum, temp=args.temp,
         mlp=args.mlp, weight_decay=args.weight_decay, learning_rate=learning_rate,
         image_size=args.image_size, seed=args.seed,
-        use_xla=gpu if args.xla is None else args.xla, loss_scale=128 if args.amp and gpu else 1)
+        use_xla=gpus > 0 if args.xla is None else args.xla,
+        loss_scale=128 if args.amp and gpus else 1)
     trainer = Trainer(
-        model, *inputs.create_source(model.get_input_signature(), server, gpu), config)
+        model, *inputs.create_source(model.get_input_signature(), server, gpus), config)
     logger.info(
         f'{num_images} images, {args.batch} in a step on {hvd.size()} ranks ({batch_size} each, BN '
         f'over {batch_size // args.bn_splits}), {steps_per_epoch} steps an epoch, learning rate '

@@ -59,11 +59,12 @@ class MOCOModel(ModelDesc):
             all_keys = unshuffle(tf.stop_gradient(k))  # [N, C]
         k = all_keys[hvd.rank() * self.batch_size:][:self.batch_size]  # [n, C]
 
-        # logits, with the queue as it was before this step
+        # logits, with the queue as it was before this step; a GPU may multiply float32 in TF32
         negatives = tf.stop_gradient(queue.read_value())  # [K, C]
+        q, k, negatives = (tf.cast(x, tf.float64) for x in (q, k, negatives))
         l_pos = tf.einsum('nc,nc->n', q, k)[:, tf.newaxis]  # [n, 1]
         l_neg = tf.einsum('nc,kc->nk', q, negatives)  # [n, K]
-        logits = tf.concat([l_pos, l_neg], axis=1) / self.T  # [n, 1+K]
+        logits = tf.cast(tf.concat([l_pos, l_neg], axis=1) / self.T, tf.float32)  # [n, 1+K]
 
         # contrastive loss: the positive is class 0
         labels = tf.zeros([self.batch_size], tf.int32)
@@ -139,14 +140,15 @@ class MOCOModel(ModelDesc):
         permuted ones [n, ...], and a function of this rank's part of the results [n, C] that
         returns those of all ranks [N, C] in the original order."""
         N = self.batch_size * hvd.size()
+        # on the host, since a GPU does not gather uint8; meanwhile it computes the queries
         with tf.device('/cpu:0'):
             # every rank computes the same permutation, and a resumed run repeats it
             step = tf.cast(tf.train.get_or_create_global_step(), tf.int32)
             order = tf.argsort(
                 tf.random.stateless_uniform([N], seed=[self.seed, step]), stable=True)  # [N]
             inverse = tf.math.invert_permutation(order)
-        return (exchange(images, order, inverse),
-                lambda results: tf.gather(allgather(results), inverse))
+            shuffled = exchange(images, order, inverse)
+        return shuffled, lambda results: tf.gather(allgather(results), inverse)
 
 
 def exchange(x, order, inverse):
@@ -156,12 +158,11 @@ def exchange(x, order, inverse):
     if hvd.size() == 1:
         return tf.gather(x, order)
     n, first = int(x.shape[0]), int(x.shape[0]) * hvd.rank()
-    with tf.device('/cpu:0'):
-        ranks = inverse[first:first + n] // n  # [n], where this rank's rows go
-        sent = tf.argsort(ranks, stable=True)  # [n]
-        counts = tf.math.bincount(ranks, minlength=hvd.size())  # [ranks]
-        # they arrive rank after rank, each rank's in their order: sorted
-        arrived = tf.math.invert_permutation(tf.argsort(order[first:first + n]))  # [n]
+    ranks = inverse[first:first + n] // n  # [n], where this rank's rows go
+    sent = tf.argsort(ranks, stable=True)  # [n]
+    counts = tf.math.bincount(ranks, minlength=hvd.size())  # [ranks]
+    # they arrive rank after rank, each rank's in their order: sorted
+    arrived = tf.math.invert_permutation(tf.argsort(order[first:first + n]))  # [n]
     received, _ = hvd.alltoall(tf.stop_gradient(tf.gather(x, sent)), splits=counts)  # [n, ...]
     return tf.gather(received, arrived)
 

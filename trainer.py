@@ -44,8 +44,9 @@ class Trainer(TensorpackTrainer):
         self._speed = Speed(
             model.batch_size * hvd.size(), tf.constant(0.) if waited is None else waited)
         self._asked = tf.placeholder(tf.float32, [])
-        self._any_asked = (hvd.allreduce(self._asked, op=hvd.Sum) if hvd.size() > 1 else
-                           tf.identity(self._asked))
+        any_asked = hvd.allreduce(self._asked, op=hvd.Sum) if hvd.size() > 1 else self._asked
+        with tf.control_dependencies([self.train_op]):
+            self._step = tf.identity(any_asked)  # StagingInput takes no mixture of ops and tensors
 
     def register_callback(self, callback):
         return super().register_callback(
@@ -66,9 +67,8 @@ class Trainer(TensorpackTrainer):
     def run_step(self):
         number = self.global_step + 1
         shutdown.begin_step(number)
-        _, stop = ranks.run_together(
-            self.hooked_sess, [self.train_op, self._any_asked],
-            {self._asked: bool(shutdown.asked)}, what=f'step {number}')
+        stop = ranks.run_together(self.hooked_sess, self._step,
+                                  {self._asked: bool(shutdown.asked)}, what=f'step {number}')
         shutdown.unmark()
         if stop:
             self._stop()

@@ -101,7 +101,7 @@ def initial_weights(dim, seed):
 
 
 def main(args):
-    threads, gpu = start.begin()
+    threads, gpus = start.begin()
     inputs.check_labelled(args.data)
     images = image_lists.list_images(args.data)
     runs.open_logdir(args.logdir)
@@ -109,12 +109,12 @@ def main(args):
     steps_per_epoch = len(images.files) // BATCH
 
     tf.set_random_seed(args.seed)
-    net = resnet.ResNet(18, 64, '3x3', 'NCHW' if gpu else 'NHWC', SPLITS, MEAN_BGR, STD_BGR)
+    net = resnet.ResNet(18, 64, '3x3', 'NCHW' if gpus else 'NHWC', SPLITS, MEAN_BGR, STD_BGR)
     model = Notebook(
         net, BATCH, queue_size=4096, momentum=0.99, temp=0.1, weight_decay=5e-4,
         learning_rate=cosine_by_epoch(0.06, steps_per_epoch), image_size=SIZE, seed=args.seed)
     source = QueueInput(DataFromGenerator(generate(images, steps_done, args.seed)))
-    trainer = Trainer(model, source, None, start.session_config(threads, gpu, args.amp))
+    trainer = Trainer(model, source, None, start.session_config(threads, gpus, args.amp))
     first = (runs.resume(checkpoint) if checkpoint else
              runs.Assign(initial_weights(net.feature_dim, args.seed), model.copy_to_key_encoder()))
     knn = OnlineKNN(1, lambda x: resnet.project(net(x, training=False), [DIM]), args.data, SIZE,

@@ -7,7 +7,8 @@ moco.py), or all of them (allgather).
 
 Both ways run in turns, in the same processes; printed are the medians of the time of a step (images
 there, keys back), the median ratio of neighbours, and a rank's traffic, which follows from the
-sizes. A Horovod without GPUs exchanges by Gloo, and so this measures Gloo; on GPUs it is NCCL.
+sizes. Gloo exchanges images, which stay on the host, and without GPUs also keys, which NCCL
+exchanges between GPUs.
 """
 import os
 import sys
@@ -63,11 +64,11 @@ def print_traffic():
 
 
 def main():
-    threads, gpu = start.begin()
+    threads, gpus = start.begin()
     with tf.variable_scope('', reuse=tf.AUTO_REUSE):
         ways = {'allgather': build_step(Allgather), 'alltoall': build_step(MOCOModel)}
     seconds = {way: [] for way in ways}
-    with tf.Session(config=start.session_config(threads, gpu)) as sess:
+    with tf.Session(config=start.session_config(threads, gpus)) as sess:
         sess.run(tf.global_variables_initializer())
         for fetches in ways.values():
             time_steps(sess, fetches, WARM_UP)

@@ -5,11 +5,23 @@ import os
 import pathlib
 import resource
 import signal
+import sys
+import sysconfig
 from typing import Iterable, List, Optional, Set
 
 from errors import UserError
 
-CORES = os.sched_getaffinity(0)  # that this process was given
+CORES = os.sched_getaffinity(0)  # that this host's ranks were given: this process, and all others
+_ranks_per_core = None  # local ranks that share this rank's cores, if not all of them do
+
+
+def add_ranks(cores_of_ranks: List[Set[int]]) -> None:
+    """Tell of the cores of each of this host's ranks: a launcher may have bound them to their own,
+    which are then not to be divided again."""
+    global _ranks_per_core
+    CORES.update(*cores_of_ranks)
+    _ranks_per_core = max(sum(core in cores for cores in cores_of_ranks)
+                          for core in os.sched_getaffinity(0))
 
 
 def set_up(argv: List[str]) -> None:
@@ -21,7 +33,11 @@ def set_up(argv: List[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--cpus', default='')
     with contextlib.suppress(argparse.ArgumentTypeError):  # the script's own parser reports it
-        os.sched_setaffinity(0, CORES - parse_cpus(parser.parse_known_args(argv)[0].cpus))
+        cpus = parse_cpus(parser.parse_known_args(argv)[0].cpus)
+        left = os.sched_getaffinity(0) - cpus
+        if not left:
+            sys.exit(f'--cpus leaves no core to a rank that is bound to {format_cpus(cpus)}')
+        os.sched_setaffinity(0, left)
     for name, value in {
             # Intel's TensorFlow computes in OpenMP's threads. More threads than cores train at 2/5
             # of the speed, and threads that spin while they wait (blocktime) take others' cores.
@@ -33,6 +49,11 @@ def set_up(argv: List[str]) -> None:
             # This is PIL's limit, hence the official code's.
             'OPENCV_IO_MAX_IMAGE_PIXELS': 2**30 // 6}.items():
         os.environ.setdefault(name, str(value))
+    # pip's CUDA has libdevice and ptxas where XLA does not look for them
+    cuda = os.path.join(sysconfig.get_path('purelib'), 'nvidia', 'cuda_nvcc')
+    flags = os.environ.get('XLA_FLAGS', '')
+    if os.path.isdir(cuda) and '--xla_gpu_cuda_data_dir' not in flags:
+        os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_cuda_data_dir={cuda}'.strip()
 
 
 def parse_cpus(text: str) -> Set[int]:
@@ -47,15 +68,21 @@ def parse_cpus(text: str) -> Set[int]:
     for core in (core for cores in ranges for core in cores):
         if core not in CORES:
             raise argparse.ArgumentTypeError(f'{text}: core {core} is not one that may be used: '
-                                             f'{",".join(map(str, sorted(CORES)))}')
+                                             f'{format_cpus(CORES)}')
     if CORES <= set().union(*ranges):
         raise argparse.ArgumentTypeError(f'{text} leaves no core for the trainers')
     return set().union(*ranges)
 
 
+def format_cpus(cores: Iterable[int]) -> str:
+    return ','.join(map(str, sorted(cores)))
+
+
 def num_threads() -> int:
     """The threads that this rank computes with: its share of the host's cores."""
-    return max(1, num_cores() // int(os.environ.get('HOROVOD_LOCAL_SIZE', 1)))
+    local_size = int(os.environ.get('HOROVOD_LOCAL_SIZE', 1))
+    return max(1, min(num_cores() // (_ranks_per_core or local_size),
+                      num_cores(CORES) // local_size))
 
 
 def num_cores(cores: Optional[Iterable[int]] = None, root: str = '/sys/fs/cgroup',

@@ -3,7 +3,7 @@ import argparse
 
 import resnet
 from job import cores
-from job.shutdown import STALL_LIMIT
+from job.shutdown import GRACE, STALL_LIMIT
 
 
 def create_parser(doc: str) -> argparse.ArgumentParser:
@@ -54,13 +54,15 @@ def add_training_flags(group, epochs: int, crop_area, lr: float, lr_help: str, d
     add('--weight-decay', type=float, default=decay, help=f'{decay_help} (default: {decay:g})')
     add('--crop-area', type=float, nargs=2, default=crop_area, metavar=('MIN', 'MAX'), help='share '
         'of the image that a crop covers (default: {:g} {:g})'.format(*crop_area))
+    add('--grace', type=float, default=GRACE, metavar='SECONDS', help='after SIGTERM, for the step '
+        f'that is under way and its checkpoint (default: {GRACE}: horovodrun kills after 5)')
     add('--seed', type=int, default=0,
         help='of weights, permutations and augmentation (default: 0)')
 
 
 def check(parser, args, *positive: str) -> None:
     """A usage error unless numbers, also of a script's own flags, are positive and crops exist."""
-    for name in ('batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit', 'width',
+    for name in ('batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit', 'grace', 'width',
                  'image_size', *positive):
         value = getattr(args, name, None)
         if value is not None and value <= 0:

@@ -9,7 +9,7 @@ import numpy as np
 from tensorpack import tfv1 as tf
 
 from errors import UserError, one_line
-from job import heartbeat
+from job import cores, heartbeat
 from job.shutdown import shutdown
 from job.start import session_config
 
@@ -47,7 +47,9 @@ def gather(integers: List[int]) -> List[List[int]]:
     if hvd.size() == 1:
         return [integers]
     heartbeat.reach_barrier()
-    with tf.Graph().as_default(), tf.Session(config=session_config(1)) as sess:
+    # the first session of a process decides how many threads there are within an op
+    config = session_config(cores.num_threads())
+    with tf.Graph().as_default(), tf.Session(config=config) as sess:
         try:
             return sess.run(hvd.allgather(tf.constant([integers], tf.int64))).tolist()
         except tf.errors.OpError as error:  # another rank has failed

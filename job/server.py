@@ -26,6 +26,7 @@ SERVER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 # The last clean-up: horovodrun kills all descendants of a rank that does not end. This process,
 # whose parent is init, waits for the end of the lifeline and removes the server's folder, $0.
 CLEAN_UP = 'trap "" TERM INT HUP; read line; rm -rf -- "$0"'
+ORPHAN = 'exec 3<&0; setsid sh -c "$0" "$1" <&3 3<&- &'  # (old versions of setsid know no --fork)
 
 
 class DataServer:
@@ -45,12 +46,14 @@ class DataServer:
         local_size = hvd.local_size()
         first = hvd.rank() - hvd.local_rank()  # horovod numbers the ranks host by host
         self.folder = f'{folder}-{first}'  # hosts may share the folder for temporary files
+        cpus = cpus or cores.CORES  # also of ranks that are bound to cores of their own
         num_workers = num_workers or cores.num_cores(cpus)
         self.workers_per_rank = data.workers_per_rank(num_workers, local_size)
         # what libraries and three servers (of online kNN, too) need
         cores.allow_open_files(256 + 3 * 2 * self.workers_per_rank)
         # setting the affinity here around the fork does not do: Intel's OpenMP resets it
-        self._command = ['taskset', '-c', ','.join(map(str, sorted(cpus)))] if cpus else []
+        self._command = (['taskset', '-c', cores.format_cpus(cpus)]
+                         if cpus != os.sched_getaffinity(0) else [])
         self._command += [sys.executable, SERVER]
         options = dict(options, address=self.folder, workers=num_workers, size=hvd.size(),
                        ranks=','.join(str(first + i) for i in range(local_size)))
@@ -74,8 +77,7 @@ class DataServer:
                 pass_fds=[read], stdin=subprocess.DEVNULL)
             if '--quiet' not in self._command:
                 self._command.append('--quiet')  # should it start again, for another pass
-            subprocess.check_call(['setsid', '--fork', 'sh', '-c', CLEAN_UP, self.folder],
-                                  stdin=read)
+            subprocess.check_call(['sh', '-c', ORPHAN, CLEAN_UP, self.folder], stdin=read)
             os.close(read)
         self._control = self._connect()
         lines = self._control.makefile('r')

@@ -14,6 +14,7 @@ from tensorpack import tfv1 as tf
 from errors import UserError, one_line
 
 STALL_LIMIT = 300  # seconds
+GRACE = 4  # seconds: horovodrun kills 5 s after SIGTERM
 SERVER_PATIENCE = 5  # seconds for a data server to say why a batch is lost
 
 
@@ -21,13 +22,12 @@ class Shutdown:
     """Ends this process, even while its main thread is inside session.run. Python sees a signal
     only after that has returned, so a thread reads the pipe that the C-level handler writes to. The
     end closes the session, which cancels a blocked pull. The last step, and a main thread that is
-    stuck elsewhere (in a collective without its peers, say), are given GRACE seconds: horovodrun
-    kills 5 s after SIGTERM."""
-    GRACE = 4  # seconds
+    stuck elsewhere (in a collective without its peers, say), are given some seconds."""
     RESUME = 75  # exit code; EX_TEMPFAIL of sysexits.h
 
     def __init__(self):
         self.stall_limit = STALL_LIMIT  # seconds to wait for a rank, or a batch
+        self.grace = GRACE  # seconds for the last step
         self.reason, self.code = None, 1  # of the end
         self.asked = self.session = None  # signal that asked for the end; session to close
         self.step = 0  # training step that is under way, or was the last one
@@ -72,7 +72,7 @@ class Shutdown:
             elif self.phase == 'step':
                 self.end_to_resume(f'stopped by {name}, with no time for a checkpoint: the same '
                                    'command continues from the last one')
-        start_timer(self.GRACE, give_up)
+        start_timer(self.grace, give_up)
 
     # ---- phases of training
 

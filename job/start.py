@@ -12,7 +12,7 @@ from tensorpack.utils import logger
 
 from errors import UserError
 from job import cores, heartbeat
-from job.shutdown import STALL_LIMIT, shutdown, this_rank
+from job.shutdown import GRACE, STALL_LIMIT, shutdown, this_rank
 
 
 @contextlib.contextmanager
@@ -34,22 +34,22 @@ def user_errors():
         sys.exit(1)
 
 
-def begin(stall_limit: float = STALL_LIMIT) -> Tuple[int, bool]:
-    """What every script does first; returns (threads for this rank, whether there is a GPU)."""
+def begin(stall_limit: float = STALL_LIMIT, grace: float = GRACE) -> Tuple[int, int]:
+    """What every script does first; returns (threads for this rank, number of GPUs it can see)."""
     tf.logging.set_verbosity(tf.logging.ERROR)
     tf.disable_v2_behavior()  # does nothing to TensorFlow 1
     # when training fails, tensorpack logs a message with a wrong format, and logging would complain
     logging.raiseExceptions = False
     # asked for in a way that does not initialise it
-    gpu = bool(tf.config.experimental.list_physical_devices('GPU'))
-    if not gpu:
+    gpus = len(tf.config.experimental.list_physical_devices('GPU'))
+    if not gpus:
         # a CPU's steps are long, and Horovod takes a core's time whenever it looks for work (ms)
         os.environ.setdefault('HOROVOD_CYCLE_TIME', '5')
     # Gloo gives up after 30 s, and names no rank: the heartbeat is to come first
     os.environ.setdefault('HOROVOD_GLOO_TIMEOUT_SECONDS', str(int(2 * stall_limit) + 60))
-    shutdown.stall_limit = stall_limit
+    shutdown.stall_limit, shutdown.grace = stall_limit, grace
     shutdown.watch_signals()
-    # before hvd.init(), to which a rank may never come; through horovodrun's key-value store
+    # before hvd.init(), to which a rank may never come
     rank, size, port, address = (os.environ.get('HOROVOD_' + name) for name in (
         'RANK', 'SIZE', 'GLOO_RENDEZVOUS_PORT', 'GLOO_RENDEZVOUS_ADDR'))
     if address is not None:
@@ -60,13 +60,13 @@ def begin(stall_limit: float = STALL_LIMIT) -> Tuple[int, bool]:
     if hvd.rank() != 0:
         logger.setLevel(logging.ERROR)  # all ranks would log the same
     elif hvd.size() > 1 and address is None:
-        logger.warn('not started by horovodrun with Gloo: a rank that stops will not be named')
-    return cores.num_threads(), gpu
+        logger.warn('started with MPI instead of Gloo: a rank that stops will not be named')
+    return cores.num_threads(), gpus
 
 
 def mixed_precision_rewrite(gpu: bool):
     """TensorFlow's name of the graph rewrite that computes in 16 bits here, or None: float16 on a
-    GPU, bfloat16 on a CPU if both the CPU and TensorFlow (2.15) have it."""
+    GPU, bfloat16 on a CPU if both the CPU and TensorFlow (2.21) have it."""
     with open('/proc/cpuinfo') as f:
         name = ('auto_mixed_precision' if gpu else
                 'auto_mixed_precision_onednn_bfloat16' if 'avx512_bf16' in f.read() else None)
@@ -74,27 +74,30 @@ def mixed_precision_rewrite(gpu: bool):
     return name if name in known else None
 
 
-def session_config(threads: int, gpu: bool = False, amp: bool = False):
+def session_config(threads: int, gpus: int = 0, amp: bool = False):
     """The tf.ConfigProto of training and evaluation, from what begin() returned. With amp,
     convolutions and what lies between them are computed in 16 bits; variables, BN statistics, the
     head, logits and loss stay float32."""
     config = tf.ConfigProto(allow_soft_placement=True)
     if amp:
-        rewrites, name = config.graph_options.rewrite_options, mixed_precision_rewrite(gpu)
+        rewrites, name = config.graph_options.rewrite_options, mixed_precision_rewrite(gpus > 0)
         if name is None:
             raise UserError(f'--amp: TensorFlow {tf.__version__} computes in 16 bits on ' + (
                 'a GPU only' if tf.__version__ < '2' else
                 'a GPU, or a CPU with bfloat16 (avx512_bf16)'))
         setattr(rewrites, name, rewrites.ON)
-        for word in ('ALLOWLIST', 'WHITELIST'):  # TensorFlow 2.15's and 1.15's
+        for word in ('ALLOWLIST', 'WHITELIST'):  # TensorFlow 2.21's and 1.15's
             os.environ[f'TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_{word}_REMOVE'] = (
                 'MatMul,BatchMatMul,BatchMatMulV2,Einsum')
     config.intra_op_parallelism_threads = threads
-    # on a CPU one op at a time has all threads; ops that wait (data, collectives) are asynchronous
-    config.inter_op_parallelism_threads = threads if gpu else 1
-    if gpu:
+    # on a CPU one op at a time has all threads; ops that wait (data, collectives) are asynchronous,
+    # but for staging, which a GPU needs
+    config.inter_op_parallelism_threads = max(2, threads) if gpus else 1
+    config.use_per_session_threads = True  # else those of the process's first session
+    if gpus:
         config.gpu_options.allow_growth = True
-        config.gpu_options.visible_device_list = str(hvd.local_rank())
+        # a scheduler may show each rank its own GPU only, or let ranks share one
+        config.gpu_options.visible_device_list = str(hvd.local_rank() % gpus)
     else:
         config.device_count['GPU'] = 0
     return config

@@ -11,6 +11,8 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PATIENCE = 600  # seconds for any command, on a busy machine
+# which GPUs commands may use, if they are to use any: conftest.py hides them
+GPUS = os.environ.get('CUDA_VISIBLE_DEVICES', '0,1,2,3,4,5,6,7')
 
 # a network of which a step takes milliseconds
 NETWORK = ['--depth', '18', '--width', '8', '--stem', '3x3s2', '--image-size', '16']
@@ -53,12 +55,14 @@ def start(script, *flags, ranks=1, root=ROOT, python=sys.executable, tmp=None, *
                          **kwargs)
 
 
-def start_command(words, tmp=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs):
-    """start() of any words of a command line."""
+def start_command(words, tmp=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, added=None,
+                  **kwargs):
+    """start() of any words of a command line; added: to its environment."""
     # Intel's build takes 8 seconds to rewrite a graph for kernels of its own,
     # which small images do not repay
     env = dict(os.environ, CUDA_VISIBLE_DEVICES='', TF_DISABLE_MKL='1', OMP_NUM_THREADS='1',
                **({'TMPDIR': str(tmp)} if tmp else {}))
+    env.update(added or {})
     return subprocess.Popen(words, stdout=stdout, stderr=stderr, universal_newlines=True, env=env,
                             **kwargs)
 

@@ -1,10 +1,14 @@
-"""For all tests: TensorFlow on one thread that does not spin, since graphs are tiny,
+"""For all tests: TensorFlow on one thread of a CPU that does not spin, since graphs are tiny,
 and without its chatter."""
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('KMP_BLOCKTIME', '0')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import commands  # noqa: E402, F401  (keeps what the next line hides)
+
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 from tensorpack import tfv1 as tf  # noqa: E402
 

@@ -4,7 +4,8 @@ that comes out of them.
     horovodrun -np 2 python tests/equivalence_ranks.py CASE.npz ...    # writes CASE.rank0.npz and
                                                                        # CASE.rank1.npz
 CASE.npz holds depth, mlp, splits, temperature, momentum, weight_decay, queue_size, queue_ptr, seed
-of the weights, and images of all ranks, query and key: uint8 [steps, N, S, S, 3].
+of the weights, and images of all ranks, query and key: uint8 [steps, N, S, S, 3]. It may hold
+data_format, xla and amp.
 """
 import os
 import sys
@@ -79,20 +80,23 @@ def draw_weights(shapes, depth, seed):
     return values
 
 
-def take_steps(case, threads):
+def take_steps(case, threads, gpus):
     """Results by name: 0/VARIABLE before the first step, i/VARIABLE after the i-th,
     i/logits, i/loss, i/shuffled and i/gradient.VARIABLE in it."""
     n = case['query'].shape[1] // hvd.size()
     mine = slice(n * hvd.rank(), n * (hvd.rank() + 1))
-    net = resnet.ResNet(int(case['depth']), WIDTH, bn_splits=int(case['splits']))
+    amp = bool(case.get('amp'))
+    net = resnet.ResNet(int(case['depth']), WIDTH, bn_splits=int(case['splits']),
+                        data_format=str(case.get('data_format', 'NHWC')))
     model = Model(
         net, n, queue_size=int(case['queue_size']), momentum=float(case['momentum']),
         mlp=bool(case['mlp']), temp=float(case['temperature']),
         weight_decay=float(case['weight_decay']), learning_rate=schedule(case['mlp']),
-        image_size=case['query'].shape[2])
-    config = start.session_config(threads)
-    # a graph so small takes longer to optimise than to run
-    config.graph_options.rewrite_options.disable_meta_optimizer = True
+        image_size=case['query'].shape[2], use_xla=bool(case.get('xla')),
+        loss_scale=128 if amp and gpus else 1)
+    config = start.session_config(threads, gpus, amp)
+    # a graph so small takes longer to optimise than to run; 16 bits are an optimisation
+    config.graph_options.rewrite_options.disable_meta_optimizer = not amp
     query_and_key = [tf.placeholder(spec.dtype, spec.shape) for spec in model.inputs()]
     train_op = model.build_graph(*query_and_key)
 
@@ -125,10 +129,10 @@ def take_steps(case, threads):
 
 
 def main(paths):
-    threads, _ = start.begin()
+    threads, gpus = start.begin()
     for path in paths:
         with tf.Graph().as_default(), np.load(path) as case:
-            results = take_steps(dict(case), threads)
+            results = take_steps(dict(case), threads, gpus)
         np.savez('{}.rank{}.npz'.format(path[:-len('.npz')], hvd.rank()), **results)
 
 

@@ -34,7 +34,7 @@ SCRIPTS = ('main_moco', 'main_lincls', 'eval_knn')
 def run_code(code, *flags, **env):
     """The output of code for a Python in ROOT, in an environment without what set_up() sets."""
     set_up = ('OMP_NUM_THREADS', 'KMP_BLOCKTIME', 'TF_CPP_MIN_LOG_LEVEL', 'OPENCV_LOG_LEVEL',
-              'OPENCV_IO_MAX_IMAGE_PIXELS')
+              'OPENCV_IO_MAX_IMAGE_PIXELS', 'XLA_FLAGS')
     kept = {name: value for name, value in os.environ.items() if name not in set_up}
     return subprocess.check_output(
         [sys.executable, '-u', '-c', code, *flags], cwd=ROOT, universal_newlines=True,
@@ -79,6 +79,23 @@ def test_importing_a_script_changes_nothing_in_the_process():
             print(script, look() == before)"""
     output = run_code(code, '--cpus', str(min(cores.CORES)))
     assert output.splitlines() == [f'{script} True' for script in SCRIPTS]
+
+
+@pytest.mark.parametrize('given, expected', [
+    ('', '--xla_gpu_cuda_data_dir={}'),
+    ('--xla_dump_to=/x', '--xla_dump_to=/x --xla_gpu_cuda_data_dir={}'),
+    ('--xla_gpu_cuda_data_dir=/opt/cuda', '--xla_gpu_cuda_data_dir=/opt/cuda')])
+def test_xla_finds_what_pip_installs_of_cuda(tmp_path, given, expected):
+    code = f"""if True:
+        import os, sysconfig
+        sysconfig.get_path = {{'purelib': {str(tmp_path)!r}}}.get
+        from job import cores
+        cores.set_up([])
+        print(os.environ['XLA_FLAGS'])"""
+    assert run_code(code, XLA_FLAGS=given) == given + '\n'
+    cuda = tmp_path / 'nvidia' / 'cuda_nvcc'
+    cuda.mkdir(parents=True)
+    assert run_code(code, XLA_FLAGS=given) == expected.format(cuda) + '\n'
 
 
 @pytest.mark.parametrize('call, result', [

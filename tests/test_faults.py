@@ -440,7 +440,6 @@ def test_the_end_comes_though_nobody_reads_standard_error():
         import os, sys, time
         sys.path.insert(0, {!r})
         from job.shutdown import Shutdown
-        Shutdown.GRACE = 1
         read, write = os.pipe()
         os.dup2(write, 2)
         os.set_blocking(2, False)

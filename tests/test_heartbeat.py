@@ -104,7 +104,7 @@ def test_a_launcher_that_does_not_answer_is_named_in_time(ranks, monkeypatch):
     monkeypatch.setattr(http.client.HTTPConnection, 'request', request)
     # a round takes an interval of 5 s and as long again for the answer that does not come
     assert ranks.do_rounds(ROUNDS // 2 - 1, [1]) == {}
-    assert 'horovodrun cannot be reached' in ranks.do_rounds(1, [1])[1]
+    assert 'the rendezvous server cannot be reached' in ranks.do_rounds(1, [1])[1]
 
 
 def test_a_launcher_that_is_gone_is_named(ranks):
@@ -114,4 +114,4 @@ def test_a_launcher_that_is_gone_is_named(ranks):
     reasons = ranks.do_rounds(1, [0, 1, 2])
     assert set(reasons) == {0, 1, 2}
     for reason in reasons.values():
-        assert reason.startswith('horovodrun cannot be reached at 127.0.0.1:')
+        assert reason.startswith('the rendezvous server cannot be reached at 127.0.0.1:')

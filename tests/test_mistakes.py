@@ -193,6 +193,7 @@ def test_a_mistake_gets_one_line(failures, name):
     (['--fake', '--cpus', ','.join(map(str, cores.CORES))],
      ['--cpus:', 'leaves no core for the trainers']),
     (['--fake', '--knn-every', '1'], ['--knn-every needs --data']),
+    (['--fake', '--amp', '--xla'], ['--amp --xla: what XLA compiles stays in 32 bits']),
     (['--fake', '--temp', '0'], ['--temp must be positive, not 0.0']),
     (['--fake', '--image-size', '0'], ['--image-size must be positive, not 0']),
     (['--fake', '--width', '-1'], ['--width must be positive, not -1']),

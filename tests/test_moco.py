@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorpack import tfv1 as tf
 
+import inputs
 import main_lincls
 import main_moco
 import moco
@@ -188,6 +189,15 @@ def test_gradient_of_the_loss_by_numpy(step):
     np.testing.assert_allclose(gradients['linear0_16/b'], expected, rtol=1e-3, atol=1e-6)
 
 
+def test_logits_are_multiplied_in_float64(step):
+    # a GPU may multiply float32 with 10 bits of mantissa (TF32)
+    encoders = ancestors(step.seen['q'].op) | ancestors(step.seen['k'].op)
+    products = [op for op in ancestors(step.logits.op) - encoders
+                if op.type == 'Einsum' or 'MatMul' in op.type]
+    assert products and step.logits.dtype == tf.float32
+    assert {tensor.dtype for op in products for tensor in op.inputs} == {tf.float64}
+
+
 def test_one_train_op_updates_everything_in_order(step):
     sess = step.start()
     for i in range(4):
@@ -326,6 +336,31 @@ def test_the_counter_goes_up_last(step, order):
 
 # ---- shuffled BN
 
+def test_images_stay_on_the_host_until_they_are_permuted(monkeypatch):
+    # of one of two ranks, as on a GPU
+    hvd.init()
+    monkeypatch.setattr(hvd, 'size', lambda: 2)
+    with tf.Graph().as_default() as graph:
+        model = RecordedModel(resnet.ResNet(18, 8, '3x3s2'), N, feature_dim=DIM, queue_size=2 * N,
+                              image_size=SIZE)
+        source, _ = inputs.create_source(model.get_input_signature(), None, gpus=1)
+        source.setup(model.get_input_signature())
+        model.build_graph(*source.get_input_tensors())
+    images = [op for op in graph.get_operations() if any(
+        x.dtype.base_dtype == tf.uint8 for x in [*op.inputs, *op.outputs])]
+    encoding = [op for op in images if op.outputs and op.outputs[0].dtype == tf.float32]
+    assert [op.type for op in encoding] == ['Cast', 'Cast']
+    assert {op.device for op in encoding} == {''}  # on the GPU
+    assert {op.device for op in set(images) - set(encoding)} == {'/device:CPU:0'}
+    types = {op.type for op in images}
+    assert {'ReadVariableOp', 'Stage', 'Unstage', 'GatherV2', 'HorovodAlltoall'} <= types
+    # the permutation too; but not features
+    order = {op for op in ancestors(model.shuffled.op) if 'global_step' not in op.name}
+    assert {op.device for op in order if op.inputs} == {'/device:CPU:0'}
+    assert all(op.device == '' for op in (model.keys.op, model.keys.op.inputs[0].op))
+    assert model.keys.op.inputs[0].op.type == 'HorovodAllgather'
+
+
 def test_unshuffling_is_the_inverse_of_shuffling():
     with tf.Graph().as_default():
         global_step = tf.train.get_or_create_global_step()
@@ -369,7 +404,7 @@ def test_bn_splits_cut_the_permuted_batch(step):
         feed = step.feed(i)
         before = sess.run(step.variables)
         seen = step.run(feed)
-        order = [int(np.flatnonzero((feed[step.key] == image).all(axis=(1, 2, 3))))
+        order = [np.flatnonzero((feed[step.key] == image).all(axis=(1, 2, 3))).item()
                  for image in seen.shuffled]
         assert sorted(order) == list(range(N))
         runs.assign(sess, before)

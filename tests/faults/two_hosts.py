@@ -3,14 +3,16 @@
 
     python tests/faults/two_hosts.py           # as root; a few minutes
     python tests/faults/two_hosts.py --fault link --limit 300
+    python tests/faults/two_hosts.py --launcher srun
 
 The hosts a and b are namespaces of this machine (network, host name, processes, mounts), joined by
 a cable of their own, each with sshd, data and temporary folder; nothing leaves them. For each fault
-`horovodrun -H a:1,b:1` on a trains a tiny network on both, until
+`horovodrun -H a:1,b:1` on a, or a rank on each that a fake srun or mpirun has started, train a tiny
+network on both, until
 
     none    the training is done
     b       all processes of b are killed
-    a       all processes of a are killed: horovodrun and rank 0
+    a       all processes of a are killed: horovodrun, if that started them, and rank 0
     link    the cable is cut
 
 Then no process of the job must be left on what remains within --limit seconds; the job's own
@@ -44,7 +46,7 @@ INIT = '''
 set -e
 hostname {name}
 mount --bind {work}/{name} {work}/host
-mount --bind {work}/hosts /etc/hosts
+mount --bind {work}/{name}/hosts /etc/hosts
 mount --bind {work}/ssh_config /etc/ssh/ssh_config
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
@@ -79,10 +81,12 @@ PidFile none
 class Host:
     """Namespaces with an init that ends with this process."""
 
-    def __init__(self, work, name):
+    def __init__(self, work, name, addresses):
         self.work, self.name = work, name
         self.folder = os.path.join(work, name)
         os.makedirs(os.path.join(self.folder, 'tmp'))
+        with open(os.path.join(self.folder, 'hosts'), 'w') as f:
+            f.write(''.join(f'{address} {name}\n' for name, address in addresses.items()))
         write_images(os.path.join(self.folder, 'data'), 24, 0)
         self._unshare = subprocess.Popen(
             ['unshare', '--net', '--uts', '--mount', '--pid', '--fork', '--mount-proc',
@@ -138,7 +142,7 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts():
+def two_hosts(launcher):
     """Yields a and b; of what is made for them nothing is left."""
     work = tempfile.mkdtemp(prefix='hosts-')
     hosts = []
@@ -147,13 +151,13 @@ def two_hosts():
         for key in ('key', 'host_key'):
             subprocess.check_call(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f',
                                    os.path.join(work, key)])
-        names = ''.join('{} {}\n'.format(address, name) for name, address in ADDRESSES.items())
-        for name, text in [('hosts', '127.0.0.1 localhost\n' + names), ('ssh_config', SSH_CONFIG),
-                           ('sshd_config', SSHD_CONFIG)]:
+        for name, text in [('ssh_config', SSH_CONFIG), ('sshd_config', SSHD_CONFIG)]:
             with open(os.path.join(work, name), 'w') as f:
                 f.write(text.format(work=work))
         for name in ADDRESSES:
-            hosts.append(Host(work, name))
+            # Debian lets a host know itself by this address; horovodrun does not bear it
+            own = {} if launcher == 'horovodrun' else {name: '127.0.1.1'}
+            hosts.append(Host(work, name, dict(ADDRESSES, localhost='127.0.0.1', **own)))
         subprocess.check_call(
             ['ip', 'link', 'add', 'eth0', 'netns', str(hosts[0].init), 'type', 'veth',
              'peer', 'name', 'eth0', 'netns', str(hosts[1].init)])
@@ -166,18 +170,27 @@ def two_hosts():
         shutil.rmtree(work)
 
 
-def train(a, flags, output):
-    """Start horovodrun on host a."""
-    here = os.path.join(a.work, 'host')
+def train(hosts, launcher, flags, output):
+    """Start the training; returns the process on host a."""
+    here = os.path.join(hosts[0].work, 'host')
     words = command(
         'main_moco.py', '--data', os.path.join(here, 'data'), *MOCO, '--steps-per-epoch', 4,
-        '--logdir', os.path.join(here, 'runs', 'log'), *flags, ranks=2)
-    words[1:1] = ['--disable-cache', '--start-timeout', str(PATIENCE), '-H', 'a:1,b:1']
+        '--logdir', os.path.join(here, 'runs', 'log'), *flags)
     # all of it, for horovodrun passes it on
     env = {'PATH': os.path.dirname(sys.executable) + ':/usr/sbin:/usr/bin:/sbin:/bin',
            'HOME': here, 'TMPDIR': os.path.join(here, 'tmp'), 'CUDA_VISIBLE_DEVICES': '',
            'TF_DISABLE_MKL': '1', 'OMP_NUM_THREADS': '1'}
-    return a.start(words, stdout=output, stderr=subprocess.STDOUT, env=env)
+    if launcher == 'horovodrun':
+        hosts, options = hosts[:1], [[
+            os.path.join(os.path.dirname(sys.executable), 'horovodrun'), '-np', '2',
+            '--disable-cache', '--start-timeout', str(PATIENCE), '-H', 'a:1,b:1']]
+    else:
+        fake = [sys.executable, os.path.join(os.path.dirname(HERE), 'fake_launcher.py')]
+        options = [fake + ['--ranks', f'{i}:{i + 1}', launcher, '2'] for i in range(2)]
+        # mpirun does not tell where rank 0 is
+        env.update({'SLURM_NODELIST': 'a,b'} if launcher == 'srun' else {'MASTER_ADDR': 'a'})
+    return [host.start(start + words, stdout=output, stderr=subprocess.STDOUT, env=env)
+            for host, start in zip(hosts, options)][0]
 
 
 def wait_until(condition, seconds):
@@ -214,13 +227,13 @@ def lose(fault, a, b):
     return [other]
 
 
-def run(fault, flags, limit, report):
-    report.say('fault: ' + fault)
-    with two_hosts() as (a, b), open(os.path.join(a.work, 'output'), 'w+') as output:
+def run(fault, launcher, flags, limit, report):
+    report.say(f'{launcher}, fault: {fault}')
+    with two_hosts(launcher) as (a, b), open(os.path.join(a.work, 'output'), 'w+') as output:
         log = os.path.join(a.folder, 'runs', 'log')
         # b cannot have a log folder
         open(os.path.join(b.folder, 'runs'), 'w').close()
-        process = train(a, ['--stall-limit', limit / 4, '--epochs',
+        process = train([a, b], launcher, ['--stall-limit', limit / 4, '--epochs',
                             3 if fault == 'none' else 1000000] + flags, output)
         if fault == 'none':
             wait_until(lambda: process.poll() is not None, PATIENCE)
@@ -260,6 +273,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--fault', choices=['none', 'b', 'a', 'link'], action='append',
                         help='only this one; may be repeated')
+    parser.add_argument('--launcher', choices=['horovodrun', 'srun', 'mpirun'],
+                        default='horovodrun', help='(default: horovodrun)')
     parser.add_argument('--limit', type=int, default=120, help='seconds (default: 120)')
     parser.add_argument('flags', nargs='*', help='for main_moco.py, behind --')
     args = parser.parse_args()
@@ -271,7 +286,7 @@ def main():
         signal.signal(number, lambda *_: sys.exit(1))  # clean up
     report = Report()
     for fault in args.fault or ['none', 'b', 'a', 'link']:
-        run(fault, args.flags, args.limit, report)
+        run(fault, args.launcher, args.flags, args.limit, report)
     return report.failed
 
 
