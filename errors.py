@@ -9,5 +9,5 @@ class UserError(ValueError):
 def one_line(error: Exception) -> str:
     """The reason in an error of TensorFlow. TensorFlow 2 first says where the graph was made, and
     then `Node: name`."""
-    text = re.split('^Node: .*\n', error.message, 1, re.MULTILINE)[-1]
+    text = re.split('^Node: .*\n', error.message, maxsplit=1, flags=re.MULTILINE)[-1]
     return re.sub(r'\A\d+ root error\(s\) found\.\s*', '', text).split('\n')[0]

@@ -153,7 +153,7 @@ def read_pytorch(path, wanted):
             stderr=subprocess.PIPE, universal_newlines=True,
             env=dict(os.environ, TORCH_PYTHON=''))  # it looks no further
         if process.returncode:
-            reason = ' '.join(re.split('[Ee]rror: ', process.stderr, 1)[-1].split())[:500]
+            reason = ' '.join(re.split('[Ee]rror: ', process.stderr, maxsplit=1)[-1].split())[:500]
             by = f'{path}: read by TORCH_PYTHON={python}: ' if python else ''
             raise UserError(by + reason)
         weights, rest = read_npz(npz, wanted)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """How fast each TensorFlow trains ResNet-50 on this machine: main_moco.py --fake with 1.15, with
-2.15, and with 2.15 and --amp, in turns.
+2.21, and with 2.21 and --amp, in turns.
 
     make env RUNTIME=tf1; make env RUNTIME=tf2
     python3 benchmarks/runtimes.py    # 224 px batch 16 and 32 px batch 64; 9 minutes on 2 cores
@@ -14,7 +14,7 @@ import statistics
 from step import HERE, run_main
 
 ROUNDS = 3
-CASES = [('1.15', 'tf1', []), ('2.15', 'tf2', []), ('2.15 --amp', 'tf2', ['--amp'])]
+CASES = [('1.15', 'tf1', []), ('2.21', 'tf2', []), ('2.21 --amp', 'tf2', ['--amp'])]
 
 
 def measure(size, batch, steps):

@@ -1,6 +1,9 @@
 """The command lines, end to end on small JPEGs: what they write,
 and that a run which stopped goes on as if it had not."""
 import os
+import signal
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -9,7 +12,7 @@ from tensorpack import tfv1 as tf
 
 import main_lincls
 import resnet
-from commands import MOCO, NETWORK, read_json, run, two_at_a_time, write_images
+from commands import MOCO, NETWORK, ROOT, read_json, run, two_at_a_time, write_images
 from runs import assign
 from weights import is_backbone, is_model, read_weights
 
@@ -206,3 +209,36 @@ def test_knn_of_pixels(images, tmp_path):
     result = read_json(tmp_path, 'out.json')
     # a class has more of its colour: what brightness hides, the mean-centred direction shows
     assert result['images'] == 20 and result['knn_top1'] > 60
+
+
+# ---- what a user sees
+
+@pytest.mark.parametrize('script, ranks', [
+    ('main_moco.py', 1), ('main_moco.py', 2), ('main_lincls.py', 2), ('eval_knn.py', 1),
+    ('tools/convert_checkpoint.py', 1)])
+def test_nothing_but_the_log_is_seen(v1, images, tmp_path, monkeypatch, script, ranks):
+    flags = {
+        'main_moco.py': [*MOCO, '--data', images, '--max-steps', 2, '--logdir', tmp_path],
+        'main_lincls.py': [*NETWORK, '--load', v1, '--data', images, '--batch', 12,
+                           '--max-steps', 2, '--logdir', tmp_path],
+        'eval_knn.py': [*NETWORK, '--load', v1, '--data', images, '--out', tmp_path / 'out.json'],
+        'tools/convert_checkpoint.py': [v1, tmp_path / 'out.npz']}[script]
+    for name in ('TF_CPP_MIN_LOG_LEVEL', 'KMP_BLOCKTIME'):  # conftest.py's
+        monkeypatch.delenv(name)
+    output, errors = run(script, *flags, ranks=ranks)  # the log is its output
+    assert output and errors == ''
+
+
+@pytest.mark.parametrize('level, seen', [('0', 'IWEF'), ('2', 'EF'), ('3', 'F')])
+def test_errors_while_tensorflow_is_loaded_are_seen(level, seen):
+    lines = {severity: f'{severity}0000 00:00:1.2   34 file.cc:5] said' for severity in 'IWEF'}
+    process = subprocess.run(
+        [sys.executable, '-c', f'''import os
+from tools import quiet_tensorflow
+with quiet_tensorflow.heeding_level():
+    os.write(2, {chr(10).join(lines.values())!r}.encode())
+    os.abort()
+'''], cwd=ROOT, env=dict(os.environ, TF_CPP_MIN_LOG_LEVEL=level), stderr=subprocess.PIPE,
+        universal_newlines=True)
+    assert process.returncode == -signal.SIGABRT
+    assert process.stderr.splitlines() == [lines[severity] for severity in seen]

@@ -170,8 +170,6 @@ def test_images_are_normalised_in_bgr_order():
         np.testing.assert_allclose(sess.run(seen[0]).ravel(), expected, rtol=1e-5)
 
 
-@pytest.mark.skipif(tf.__version__ >= '2', reason='on a CPU, where NHWC is used, TensorFlow 2.15 '
-                    'gives other NCHW features if no tensor in between is fetched too')
 @pytest.mark.parametrize('training', [True, False])
 def test_data_formats_give_the_same_features(training):
     # BN over 16 values in the last layers: of two, the sign of a rounding error may be all it sees

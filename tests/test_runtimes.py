@@ -1,4 +1,4 @@
-"""TensorFlow 1.15 and 2.15 side by side: what one has written the other goes on with,
+"""TensorFlow 1.15 and 2.21 side by side: what one has written the other goes on with,
 and both compute the same."""
 import os
 import shutil

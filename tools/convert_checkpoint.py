@@ -175,8 +175,11 @@ def write_fasterrcnn(arrays, path, depth):
 def write_detectron2(arrays, path, depth):
     model = {detectron2_name(name): pytorch_format.to_pytorch(name, array)
              for name, array in arrays.items()}
+    content = pickle.dumps(
+        {'model': model, '__author__': 'MoCo', 'matching_heuristics': True}, protocol=3)
     with open(path, 'wb') as f:
-        pickle.dump({'model': model, '__author__': 'MoCo', 'matching_heuristics': True}, f)
+        # NumPy 1 has no numpy._core, and both have numpy.core
+        f.write(content.replace(b'cnumpy._core.', b'cnumpy.core.'))
 
 
 def detectron2_name(name):

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What make_env.sh, which sources this, needs of the system: a Python, system packages, and disk.
+# What make_env.sh, which sources this, needs of the system: a Python, system packages, disk, and
+# which GPUs there are.
 
 # ---- Python
 
@@ -52,21 +53,36 @@ search_python() {  # prints the first that works; or fails and prints what one o
         while IFS= read -r candidate; do
             if [[ $candidate == "$PWD"/.venv-* ]]; then continue; fi
             found=$(try_python "$candidate" "$version") && say "$found" && return
-            if [[ -n $found && $found != 'is Python '* ]]; then nearly="$candidate $found"; fi
+            if [[ -z $nearly && -n $found && $found != 'is Python '* ]]; then
+                nearly="$(dirname "$candidate")/python$version $found"
+            fi
         done < <(candidates "$version")
     done
     printf '%s' "$nearly"
     return 1
 }
 
+# of a Python that search_python found lacking: what Debian's package of it leaves to others
+python_packages() {  # python_packages FOUND
+    local name
+    name=$(sed -n 's|^/usr/bin/\(python3\.[0-9]*\) .*|\1|p' <<< "$1")
+    [[ $name ]] && command -v apt-get > /dev/null && say "$name-venv $name-dev"
+}
+
 find_python() {
-    local found
+    local found packages
     if [[ -n ${PYTHON:-} ]]; then
         found=$(try_python "$PYTHON" "$pythons") && say "$found" && return
-        fail "PYTHON=$PYTHON ${found:-does not run}; TensorFlow 1.15 needs Python 3.7, 2.15 needs" \
-            '3.9 to 3.11, both with venv and headers'
+        fail "PYTHON=$PYTHON ${found:-does not run}; TensorFlow 1.15 needs Python 3.7, 2.21 needs" \
+            '3.10 to 3.13, both with venv and headers'
     fi
     found=$(search_python) && say "$found" && return
+    if packages=$(python_packages "$found"); then
+        local log=$scratch/packages.log  # there is no environment yet
+        # shellcheck disable=SC2086  # one word per package
+        install_system_packages $packages >&2
+        found=$(search_python) && say "$found" && return
+    fi
     fail "${found:+$found. }TensorFlow $tf_version needs $python_range, and none that works is on" \
         "PATH or in pyenv, conda or uv: $(how_to_get_python), then run the same command again"
 }
@@ -95,35 +111,90 @@ has_zmq() {
 }
 has_make() { command -v make > /dev/null; }
 
-get_system_packages() {
-    local packages=() command root=()
-    has_compiler || packages+=(g++)
-    has_make || packages+=(make)
-    has_zmq || packages+=(libzmq3-dev pkg-config)
-    if ((${#packages[@]} == 0)); then return; fi
-    command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
+has_patch() { command -v patch > /dev/null; }
+
+install_system_packages() {  # install_system_packages PACKAGES...
+    local command root=()
+    command="apt-get update && apt-get install -y --no-install-recommends $*"
     if ! command -v apt-get > /dev/null; then
-        fail "missing on this system: ${packages[*]} (as Debian calls them);" \
-            'install them with its package manager, then run the same command again'
+        fail "missing on this system: $* (as Debian calls them); install them with its package" \
+            'manager, then run the same command again'
     fi
     if ((EUID != 0)); then
-        sudo -n true 2> /dev/null || fail "missing on this system: ${packages[*]}; please run:" \
+        sudo -n true 2> /dev/null || fail "missing on this system: $*; please run:" \
             "sudo sh -c '$command', then the same command again"
         root=(sudo -n)
     fi
-    say "      installing ${packages[*]} with apt-get (up to a minute)"
+    say "      installing $* with apt-get (up to a minute)"
     run "${root[@]}" apt-get update -q
     run "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -q -y --no-install-recommends "${packages[@]}"
+        apt-get install -q -y --no-install-recommends "$@"
+}
+
+get_system_packages() {
+    local packages=()
+    has_compiler || packages+=(g++)
+    has_make || packages+=(make)
+    has_patch || packages+=(patch)
+    has_zmq || packages+=(libzmq3-dev pkg-config)
+    if ((${#packages[@]} == 0)); then return; fi
+    install_system_packages "${packages[@]}"
     has_compiler || fail "${CXX:-g++} does not compile; all output is in $log"
     has_zmq || fail "zmq.h does not compile, though libzmq3-dev is installed; all output is in $log"
 }
 
 need_disk() {
     local free venv_gb=3
-    if [[ $runtime-$build == tf2-gpu ]]; then venv_gb=8; fi  # with CUDA's libraries
+    if [[ $runtime-$build == tf2-gpu ]]; then venv_gb=10; fi  # with CUDA's libraries
     free=$(df -Pk . | awk 'NR == 2 {print $4}')
     if ((free < venv_gb * 1024 * 1024)); then
         fail "the environment needs $venv_gb GB of disk; only $((free / 1024)) MB are free in $PWD"
     fi
 }
+
+# ---- GPUs
+
+gpu_listed() { nvidia-smi -L 2> /dev/null | grep -q '^GPU '; }
+
+capabilities() {  # their compute capabilities, like 8.0, a line each; drivers before 2021 tell none
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null |
+        grep -xE '[0-9]+\.[0-9]+' | sort -u || true
+}
+
+# TensorFlow 1.15 is built for CUDA 10, which knows no GPU after Turing (7.5)
+too_new_for_tf1() { capabilities | awk '$1 > 7.5 { newer = 1 } END { exit !newer }'; }
+
+# A build finds no GPU where its CUDA is missing. One GPU suffices, and what it has of memory.
+# Returns 124 if it takes more than 5 minutes: a GPU newer than the build compiles all kernels
+# first, once.
+gpu_runs() {
+    local status=0
+    say '      running a test op on a GPU (up to 5 minutes: newer GPUs compile it first)'
+    attempt env TF_CPP_MIN_LOG_LEVEL=1 timeout 300 "$venv/bin/python" -c '
+import numpy as np
+from tensorpack import tfv1 as tf
+assert tf.config.experimental.list_physical_devices("GPU"), "TensorFlow finds no GPU it can use"
+with tf.Graph().as_default(), tf.device("/gpu:0"):
+    x = tf.ones([2, 3, 8, 8])
+    y = tf.nn.conv2d(x, tf.ones([3, 3, 3, 4]), strides=[1, 1, 1, 1], padding="VALID",
+                     data_format="NCHW")
+    config = tf.ConfigProto(allow_soft_placement=False)
+    config.gpu_options.allow_growth = True
+    config.gpu_options.visible_device_list = "0"
+    with tf.Session(config=config) as sess:
+        assert np.all(sess.run(y) == 27), "a convolution on the GPU gave wrong numbers"
+' || status=$?
+    if ((status == 124)); then echo 'it took more than 5 minutes' >> "$log"
+    elif ((status > 128)); then echo "it was killed by signal $((status - 128))" >> "$log"
+    fi
+    return "$status"
+}
+
+# That the test op did not run is remembered, in a file with its output, for a week and for these
+# GPUs with this driver.
+these_gpus() { hash_of "$(nvidia-smi --query-gpu=name,driver_version --format=csv 2>&1 || true)"; }
+no_gpu() {
+    [[ $(find "$venv.no-gpu" -mtime -7 2> /dev/null) &&
+        $(tail -n 1 "$venv.no-gpu") == "$(these_gpus)" ]]
+}
+remember_no_gpu() { mv "$log" "$venv.no-gpu"; these_gpus >> "$venv.no-gpu"; }

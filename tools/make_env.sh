@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make an environment of this clone, with TensorFlow, Horovod and the pull op: .venv-tf1/ has
-# TensorFlow 1.15 on Python 3.7, .venv-tf2/ has 2.15 on Python 3.9 to 3.11. Both fit side by side.
+# TensorFlow 1.15 on Python 3.7, .venv-tf2/ has 2.21 on Python 3.10 to 3.13. Both fit side by side.
 #
 #   tools/make_env.sh                        what `make env` calls: about 4 minutes on 2 cores,
 #                                            under 2 s when all is there
@@ -32,11 +32,12 @@ use() {  # use RUNTIME
     venv=$PWD/.venv-$runtime
     log=$venv/setup.log
     case $runtime in
-        tf1) tf_version=1.15 cuda=10 pythons=3.7 python_range='Python 3.7' setuptools=59.8.0 ;;
-        tf2) tf_version=2.15 cuda=12 pythons='3.11 3.10 3.9' python_range='Python 3.9 to 3.11'
-            setuptools=69.5.1 ;;
+        tf1) tf_version=1.15 pythons=3.7 python_range='Python 3.7'
+            build_tools='pip==24.0 setuptools==59.8.0 wheel==0.42.0 cmake==3.31.6' ;;
+        # (Horovod imports distutils, which setuptools 81 no longer has)
+        tf2) tf_version=2.21 pythons='3.13 3.12 3.11 3.10' python_range='Python 3.10 to 3.13'
+            build_tools='pip==25.3 setuptools==80.9.0 wheel==0.45.1 cmake==3.31.6' ;;
     esac
-    build_tools="pip==24.0 setuptools==$setuptools wheel==0.42.0 cmake==3.31.6"
 }
 
 # ---- stamps
@@ -61,7 +62,9 @@ requirements() {  # requirements BUILD: the file
 }
 pins() {  # pins BUILD: its packages
     local swap=
-    if [[ $runtime-$1 == tf2-cpu ]]; then swap='s/^tensorflow\[and-cuda]==/tensorflow-cpu==/'; fi
+    if [[ $runtime-$1 == tf2-cpu ]]; then
+        swap='s/^tensorflow\[and-cuda]==/tensorflow-cpu==/; /^nvidia-/d'
+    fi
     grep -vE '^ *(#|$)' "$(requirements "$1")" | sed "$swap"
 }
 
@@ -73,7 +76,7 @@ keys() {
     horovod=$(pins "$1" | grep '^horovod==')
     key_base=$(hash_of "$venv" "$tensorflow" "$build_tools")
     key_packages=$(hash_of "$key_base" "$(pins "$1" | grep -v '^horovod==')")
-    key_horovod=$(hash_of "$key_base" "$horovod")
+    key_horovod=$(hash_of "$key_base" "$horovod" "$horovod_digest" "$(cat tools/horovod/*.patch)")
     key_op=$(hash_of "$key_base" "$(find augment.cc zmq_ops -name build -prune -o -type f \
         \( -name Makefile -o -name '*.cc' -o -name '*.h' \) -print \
         | LC_ALL=C sort | xargs -r -d '\n' cat | sha256sum)")
@@ -126,7 +129,7 @@ run() { attempt "$@" || explain; }  # on failure, the one sentence that helps
 
 percent() { tail -c "+$from" "$log" | grep -o '\[ *[0-9]*%\]' | tail -n 1; }  # as make prints it
 
-explain() {  # ends with what the output of the last command says went wrong
+explain_lack() {  # ends if the output of the last command says that this machine lacks something
     local output again="run the same command again (all output is in $log)"
     output=$(tail -c "+$from" "$log")
     case $output in
@@ -136,48 +139,25 @@ explain() {  # ends with what the output of the last command says went wrong
             *'Max retries exceeded'* | *'Name or service not known'* | *'Temporary failure '* | \
             *'Network is unreachable'*)
             fail "no network, or the packages' server cannot be reached; once it can, $again" ;;
-        *'Could NOT find NCCL'* | *'Failed to find NCCL'*)
-            fail "Horovod found no NCCL: install it for CUDA $cuda, set HOROVOD_NCCL_HOME to it," \
-                "or take the CPU build with BUILD=cpu; then $again" ;;
-        *'Could NOT find CUDAToolkit'*)
-            fail "Horovod's GPU build found no CUDA toolkit: install that of CUDA $cuda with nvcc," \
-                "and NCCL, or take the CPU build with BUILD=cpu; then $again" ;;
         *'Killed signal'* | *'out of memory'* | *'annot allocate memory'*)
             fail "the compiler ran out of memory; free some, then $again" ;;
+        *'DO NOT MATCH THE HASHES'*)
+            fail "a download is not the file that was published; $again" ;;
     esac
+}
+
+explain() {  # ends with what the output of the last command says went wrong
+    local output
+    explain_lack
+    output=$(tail -c "+$from" "$log")
     printf '%s\n' "$output" | cut -c1-200 | grep -iE '(error|fatal):? |^E: ' | head -n 5 >&2 || true
     fail "this step failed; all output is in $log"
 }
 
-. tools/find_system.sh  # find_python, get_system_packages, need_disk
+. tools/find_system.sh  # find_python, get_system_packages, need_disk, gpu_runs and more of GPUs
+. tools/build_horovod.sh  # install_horovod
 
 # ---- which build of which TensorFlow
-
-gpu_listed() { nvidia-smi -L 2> /dev/null | grep -q '^GPU '; }
-
-# A build finds no GPU where its CUDA is missing. TensorFlow 1.15, built for CUDA 10, may also hang
-# on GPUs newer than that.
-gpu_runs() {
-    local status=0
-    say '      running a test op on the GPU (up to 5 minutes: newer GPUs compile it first)'
-    attempt env TF_CPP_MIN_LOG_LEVEL=1 timeout 300 "$venv/bin/python" -c '
-import numpy as np
-from tensorpack import tfv1 as tf
-assert tf.config.experimental.list_physical_devices("GPU"), "TensorFlow finds no GPU it can use"
-with tf.Graph().as_default(), tf.device("/gpu:0"):
-    x = tf.ones([2, 3, 8, 8])
-    y = tf.nn.conv2d(x, tf.ones([3, 3, 3, 4]), strides=[1, 1, 1, 1], padding="VALID",
-                     data_format="NCHW")
-    with tf.Session(config=tf.ConfigProto(allow_soft_placement=False)) as sess:
-        assert np.all(sess.run(y) == 27), "a convolution on the GPU gave wrong numbers"
-' || status=$?
-    if ((status == 124)); then echo 'it took more than 5 minutes' >> "$log"
-    elif ((status > 128)); then echo "it was killed by signal $((status - 128))" >> "$log"
-    fi
-    return "$status"
-}
-
-no_gpu() { [[ -f $venv.no-gpu ]]; }  # its test op did not run; this is the log of that
 
 has_python() { "$venv/bin/python" -c '' 2> /dev/null || search_python; }
 
@@ -189,7 +169,7 @@ choose_runtime() {
     because=
     case ${RUNTIME:-} in
         tf1 | tf2) use "$RUNTIME"; return ;;
-        ?*) fail "RUNTIME=$RUNTIME: it must be tf1 (TensorFlow 1.15) or tf2 (TensorFlow 2.15)" ;;
+        ?*) fail "RUNTIME=$RUNTIME: it must be tf1 (TensorFlow 1.15) or tf2 (TensorFlow 2.21)" ;;
     esac
     use tf1
     if [[ -n ${PYTHON:-} ]]; then
@@ -204,13 +184,12 @@ choose_runtime() {
         because="no Python 3.7 that works was found${found:+ ($found)}"
     elif [[ ${BUILD:-} == cpu ]]; then
         because='Python 3.7 was found, and BUILD=cpu needs no GPU'
+    elif too_new_for_tf1; then
+        because="1.15 does not run on a GPU of compute capability $(capabilities | tail -n 1)"
+        prefer_tf2
     elif no_gpu; then
-        use tf2
         because='a test op of TensorFlow 1.15 did not run on the GPU'
-        if ! has_python > /dev/null; then
-            use tf1
-            because="$because, but there is no Python 3.9 to 3.11 for 2.15"
-        fi
+        prefer_tf2
     elif [[ -f $venv/build ]]; then
         because='.venv-tf1 is there'
     elif gpu_listed; then
@@ -220,15 +199,27 @@ choose_runtime() {
     fi
 }
 
-choose_build() {  # sets build; `auto` keeps what it chose before
-    why=
+prefer_tf2() {
+    use tf2
+    if ! has_python > /dev/null; then
+        use tf1
+        because="$because, but there is no Python 3.10 to 3.13 for 2.21"
+    fi
+}
+
+# Sets build. `auto` takes the GPU build wherever a GPU is listed, unless a test op has failed on it;
+# without one it keeps what is there: the nodes of a cluster that people log in to have none.
+choose_build() {
+    local kept=
+    why= asked=
+    if [[ -f $venv/build ]]; then read -r kept asked < "$venv/build" || true; fi
     case ${BUILD:-auto} in
-        cpu | gpu) build=$BUILD ;;
+        cpu | gpu) build=$BUILD asked=asked ;;
         auto)
-            if [[ -f $venv/build ]]; then build=$(< "$venv/build")
+            if [[ $asked && ! ${BUILD:-} ]]; then build=$kept
+            elif ! gpu_listed; then build=${kept:-cpu} why=', nvidia-smi lists no GPU'
             elif no_gpu; then build=cpu why=', a test op did not run on the GPU'
-            elif gpu_listed; then build=gpu why=', nvidia-smi lists a GPU'
-            else build=cpu why=', nvidia-smi lists no GPU'
+            else build=gpu why=', nvidia-smi lists a GPU'
             fi ;;
         *) fail "BUILD=$BUILD: it must be auto, cpu or gpu" ;;
     esac
@@ -238,7 +229,20 @@ choose_build() {  # sets build; `auto` keeps what it chose before
 # runtime needs to know
 tests_gpu() {
     [[ $build == gpu ]] && ! no_gpu || return
-    [[ ${BUILD:-auto} == auto ]] || { [[ $by_rule && $runtime == tf1 ]] && gpu_listed; }
+    [[ ! $asked ]] || { [[ $by_rule && $runtime == tf1 ]] && gpu_listed; }
+}
+
+# whether this environment stays: not if the test op fails; if it is only slow, another must be there
+suits_gpu() {
+    local status=0
+    gpu_runs || status=$?
+    if ((status == 124)) && ! { [[ $by_rule && $runtime == tf1 ]] && (use tf2; has_python); } \
+        > /dev/null
+    then
+        say '      it took more than 5 minutes; the GPU build stays, and starts slowly the first time'
+        return
+    fi
+    return "$status"
 }
 
 # ---- the steps
@@ -270,33 +274,12 @@ install_packages() {
     # horovodrun imports TensorFlow too, and would begin every run with its greetings
     local folder
     for folder in "$venv"/lib/python3*/site-packages; do
-        [[ ! -d $folder ]] || echo 'import os; os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")' \
-            > "$folder/quiet_tensorflow.pth"
+        if [[ -d $folder ]]; then
+            cp tools/quiet_tensorflow.py "$folder/"
+            echo 'import quiet_tensorflow; quiet_tensorflow.install()' \
+                > "$folder/quiet_tensorflow.pth"
+        fi
     done
-}
-
-install_horovod() {
-    local settings=(HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1
-        HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
-        HOROVOD_CMAKE="$scratch/cmake" MAKEFLAGS="-j$(nproc)" PATH="$scratch/venv/bin:$PATH")
-    # no release of NCCL for CUDA 10.0 has the alltoall of 2.7: there Gloo moves the images
-    case $build-$runtime in
-        gpu-tf1) settings+=(HOROVOD_GPU_{ALLREDUCE,ALLGATHER,BROADCAST}=NCCL) ;;
-        gpu-*) settings+=(HOROVOD_GPU_OPERATIONS=NCCL) ;;
-    esac
-    begin horovod '[3/5] compiling Horovod for this TensorFlow (about 2 minutes on 2 cores)'
-    # half the time: no debug symbols, and only the library for TensorFlow with what that links
-    cat > "$scratch/cmake" << 'SH'
-#!/bin/sh
-if [ "$1" = --build ]; then shift 2; exec cmake --build . --target tensorflow "$@"; fi
-exec cmake "$@" "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O2 -DNDEBUG"
-SH
-    chmod +x "$scratch/cmake"
-    # its build knows no spaces in paths: it gets to see the environment through a link
-    ln -sfn "$venv" "$scratch/venv"
-    run env "${settings[@]}" "$scratch/venv/bin/python" -m pip wheel -v --no-cache-dir \
-        --no-build-isolation --no-deps -w "$scratch/wheels" "$(pins "$build" | grep '^horovod==')"
-    run "$venv/bin/python" -m pip install --no-deps --force-reinstall "$scratch"/wheels/*.whl
 }
 
 build_op() {
@@ -307,21 +290,11 @@ build_op() {
 }
 
 final_check() {
+    local nccl=
+    if [[ -f $venv/with_nccl ]]; then nccl=--nccl; fi
     begin check '[5/5] checking: imports, the op, Horovod and a TensorFlow session (about 10 s)'
-    run env PATH="$venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=2 "$venv/bin/python" -c '
-import cv2, matplotlib, msgpack, msgpack_numpy, numpy, psutil, tabulate, termcolor, zmq
-import horovod.tensorflow as hvd
-from tensorpack import tfv1 as tf
-from zmq_ops import ZMQPullSocket
-hvd.init()
-with tf.Graph().as_default():  # (executed eagerly, the pull would wait for a message)
-    ZMQPullSocket("ipc:///tmp/make-env-check", [tf.float32]).pull()
-    y = hvd.allreduce(tf.reduce_sum(tf.ones([2, 3])), op=hvd.Sum)
-    with tf.Session() as sess:
-        total = sess.run(y)
-assert total == 6 * hvd.size(), total
-print("all of it works")
-'
+    run env PATH="$venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=2 CUDA_VISIBLE_DEVICES= \
+        "$venv/bin/python" tools/check_env.py $nccl
 }
 
 write_seconds() { cat "$venv"/stamps/* | awk '{s += $2} END {print s}' > "$venv/setup_seconds"; }
@@ -357,15 +330,15 @@ main() {
     fi
     if ! stamped packages "$key_packages"; then
         install_packages
-        if tests_gpu && ! gpu_runs; then
+        if tests_gpu && ! suits_gpu; then
             say "      no: $(grep -v '^[[:space:]]' "$log" | tail -n 1 | cut -c1-200)"
-            mv "$log" "$venv.no-gpu"
+            remember_no_gpu
             rm -rf "$venv"
             again
         fi
         stamp packages "$key_packages"
     fi
-    echo "$build" > "$venv/build"
+    echo "$build $asked" > "$venv/build"
     if ! stamped horovod "$key_horovod"; then install_horovod; stamp horovod "$key_horovod"; fi
     if ! stamped op "$key_op" || [[ ! -f $op || ! -f build/augment.so ]]; then
         get_system_packages
