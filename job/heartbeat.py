@@ -2,11 +2,12 @@
 
 A rank that stops, or whose host is lost, leaves the others in a collective that neither ends soon
 nor names the missing rank. So a thread of each rank writes [beat, progress, process id, host] into
-the key-value store of the rendezvous, which horovodrun keeps, or rank 0. Rank 0 reads all entries and writes a
-verdict when a rank is silent, or behind, for too long; the others read the verdict, and rank 0's
-beat. A rank is behind if it does no work and has come to fewer barriers than another: all come to
-the same ones (training steps, and every other collective) in the same order. Time is counted in
-rounds of the reader's own thread, so that a job stopped as a whole (a laptop sleeps) can go on.
+the key-value store of the rendezvous, which horovodrun keeps, or rank 0. Rank 0 reads all entries
+and writes a verdict when a rank is silent, or behind, for too long; the others read the verdict,
+and rank 0's beat. A rank is behind if it does no work and has come to fewer barriers than another:
+all come to the same ones (training steps, and every other collective) in the same order. Time is
+counted in rounds of the reader's own thread, so that a job stopped as a whole (a laptop sleeps) can
+go on.
 """
 import http.client
 import json
@@ -79,8 +80,8 @@ class Heartbeat:
         except (OSError, http.client.HTTPException, ValueError):
             self._unreachable += 1
         if self._unreachable >= self._rounds:
-            return ('the rendezvous server cannot be reached at {}:{}: what started the job, or its '
-                    'host, is gone'.format(*self._store))
+            return ('the rendezvous server cannot be reached at {}:{}: what started the job, or '
+                    'its host, is gone'.format(*self._store))
 
     def _request(self, method, key, value=None):
         """Write or read a value of the store; a missing one is None."""

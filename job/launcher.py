@@ -21,17 +21,17 @@ from errors import UserError
 from job import cores
 
 # The launcher, and the variables with which it tells a rank: its number, the number of ranks, and
-# how many of them are on this host or how many hosts there are. mpirun may start its own processes
-# with srun, so srun is the last one.
+# how many of them are on this host. mpirun may start its own processes with srun, so srun is the
+# last one.
 LAUNCHERS = [
-    ('mpirun', ['OMPI_COMM_WORLD_RANK'], ['OMPI_COMM_WORLD_SIZE'], ['OMPI_COMM_WORLD_LOCAL_SIZE'],
-     []),
-    ('mpirun', ['MV2_COMM_WORLD_RANK'], ['MV2_COMM_WORLD_SIZE'], ['MV2_COMM_WORLD_LOCAL_SIZE'], []),
-    ('jsrun', ['JSM_NAMESPACE_RANK'], ['JSM_NAMESPACE_SIZE'], ['JSM_NAMESPACE_LOCAL_SIZE'], []),
-    ('mpiexec', ['PMI_RANK'], ['PMI_SIZE'], ['MPI_LOCALNRANKS'], []),
-    ('srun', ['SLURM_PROCID'], ['SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS', 'SLURM_NPROCS'], [],
-     ['SLURM_STEP_NUM_NODES', 'SLURM_NNODES', 'SLURM_JOB_NUM_NODES']),
+    ('mpirun', ['OMPI_COMM_WORLD_RANK'], ['OMPI_COMM_WORLD_SIZE'], ['OMPI_COMM_WORLD_LOCAL_SIZE']),
+    ('mpirun', ['MV2_COMM_WORLD_RANK'], ['MV2_COMM_WORLD_SIZE'], ['MV2_COMM_WORLD_LOCAL_SIZE']),
+    ('jsrun', ['JSM_NAMESPACE_RANK'], ['JSM_NAMESPACE_SIZE'], ['JSM_NAMESPACE_LOCAL_SIZE']),
+    ('mpiexec', ['PMI_RANK'], ['PMI_SIZE'], ['MPI_LOCALNRANKS']),  # srun --mpi=pmi2, too
+    ('srun', ['SLURM_PROCID'], ['SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS', 'SLURM_NPROCS'], []),
 ]
+# how many hosts there are, where a launcher does not say how many ranks are on this one
+NUM_HOSTS = ['SLURM_STEP_NUM_NODES', 'SLURM_NNODES', 'SLURM_JOB_NUM_NODES']
 # of launchers that say no more than this
 OTHERS = ['PMIX_RANK', 'PALS_RANKID', 'ALPS_APP_PE', 'FLUX_TASK_RANK', 'LSF_PM_TASKID']
 # what tells this job from others of the same user
@@ -57,16 +57,16 @@ def find_rank(env) -> Optional[Rank]:
     """This process's, or None if it is alone or horovodrun has started it."""
     if 'HOROVOD_RANK' in env or env.get('HOROVOD_CONTROLLER') == 'mpi':
         return None
-    for launcher, rank_names, size_names, local_names, host_names in LAUNCHERS:
-        rank, size, local_size, hosts = (next((env[name] for name in names if name in env), None)
-                                         for names in (rank_names, size_names, local_names,
-                                                       host_names))
+    for launcher, *names in LAUNCHERS:
+        rank_names, size_names, _ = names
+        rank, size, local_size, hosts = (next((env[name] for name in some if name in env), None)
+                                         for some in (*names, NUM_HOSTS))
         if rank is None:
             continue
         if size is None:
             raise UserError(f'{rank_names[0]} is set, but {size_names[0]} is not: how many ranks '
                             'are there? horovodrun starts them too')
-        several = (local_size or size) != size or int(hosts or 1) > 1
+        several = local_size != size if local_size else int(hosts or 1) > 1
         return (Rank(launcher, rank_names[0], int(rank), int(size), not several)
                 if int(size) > 1 else None)
     for name in OTHERS:
@@ -100,6 +100,8 @@ def find_ports(env, token: str) -> List[int]:
     """Where the rendezvous server may listen: the first of these that is free; below those that
     systems give to outgoing connections."""
     if 'MASTER_PORT' in env:
+        if not env['MASTER_PORT'].isdigit():
+            raise UserError(f'MASTER_PORT is {env["MASTER_PORT"]}, which is no port')
         return [int(env['MASTER_PORT'])]
     first = int(hashlib.sha256(token.encode()).hexdigest(), 16)
     return [20000 + (first + 997 * i) % 12000 for i in range(8)]

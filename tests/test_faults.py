@@ -435,6 +435,28 @@ def test_a_rank_that_is_stuck_in_an_evaluation_is_named(tmp_path):
                      'got as far as others for 20 s', errors), errors
 
 
+SLOW = '''
+import os, signal, time
+from job import ranks
+run_together = ranks.run_together
+def slow(sess, fetches, feeds=None, what='evaluation'):
+    if what == 'step 3':
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(6)
+    return run_together(sess, fetches, feeds, what)
+ranks.run_together = slow'''
+
+
+@pytest.mark.parametrize('grace, checkpoints, said', [
+    (2, [], 'with no time for a checkpoint'), (60, ['model-4.index'], 'after step 4')])
+def test_the_grace_after_sigterm_is_a_setting(tmp_path, grace, checkpoints, said):
+    process = start(write_script(tmp_path / 'script.py', SLOW), '--fake', *MOCO, '--grace', grace,
+                    '--logdir', tmp_path / 'log')
+    _, errors = finish(process)
+    assert process.returncode == 75 and said in errors, errors
+    assert [path.name for path in tmp_path.glob('log/*.index')] == checkpoints
+
+
 def test_the_end_comes_though_nobody_reads_standard_error():
     code = """if True:
         import os, sys, time

@@ -153,6 +153,7 @@ def test_all_end_when_rank_0_is_killed_and_nothing_is_left(training):
      'rank 0 of srun was not found at 127.0.0.1, port '),
     ({'SLURM_PROCID': '1', 'SLURM_NTASKS': '2', 'MASTER_ADDR': 'no.such.host.invalid'},
      "rank 0's host, no.such.host.invalid, has no address"),
+    ({'SLURM_PROCID': '1', 'SLURM_NTASKS': '2', 'MASTER_PORT': 'x'}, 'MASTER_PORT is x, which is'),
 ])
 def test_what_cannot_be_is_one_line(env, complaint, tmp_path):
     process = start_command(
@@ -191,6 +192,10 @@ def test_a_second_job_without_a_number_does_not_join_the_first(tmp_path):
     ({'SLURM_PROCID': '3', 'SLURM_NTASKS': '8', 'SLURM_STEP_NUM_NODES': '1', 'SLURM_NNODES': '2'},
      ('srun', 3, 8, True)),
     ({'PMI_RANK': '1', 'PMI_SIZE': '4', 'SLURM_PROCID': '0', 'SLURM_NTASKS': '2'},
+     ('mpiexec', 1, 4, True)),
+    ({'PMI_RANK': '1', 'PMI_SIZE': '4', 'SLURM_PROCID': '1', 'SLURM_NTASKS': '4',
+      'SLURM_NNODES': '2'}, ('mpiexec', 1, 4, False)),  # srun --mpi=pmi2
+    ({'PMI_RANK': '1', 'PMI_SIZE': '4', 'MPI_LOCALNRANKS': '4', 'SLURM_NNODES': '2'},
      ('mpiexec', 1, 4, True)),
 ])
 def test_ranks_are_found(env, expected):

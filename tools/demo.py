@@ -25,7 +25,7 @@ PRETRAIN = ('--v2 --epochs 6 --batch 128 --queue-size 4096 --momentum 0.99 --tem
             '--weight-decay 5e-4')
 LINEAR = '--epochs 3 --batch 256 --lr 0.1 --crop-area 0.5 1'
 # a stage done with one TensorFlow does not count for the other; Python tells which one runs, since
-# 1.15 is for none newer than 3.7 and 2.15 for none older than 3.9
+# 1.15 is for none newer than 3.7 and 2.21 for none older than 3.10
 LOGDIR = os.path.join('train_log', 'demo' if sys.version_info < (3, 8) else 'demo-tf2')
 PYTHON = 'python'
 LAUNCH = 'horovodrun -np 2 python'
