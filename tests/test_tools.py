@@ -315,29 +315,51 @@ def test_requirements_are_pinned(name):
     assert all(line.count("==") == 1 for line in pins)
     assert {"tensorpack", "horovod", "opencv-python-headless", "numpy", "pyzmq"} <= {
         line.split("==")[0] for line in pins}
+    nvidia = [line.split("==")[0] for line in pins if line.startswith("nvidia-")]
+    assert nvidia == (["nvidia-nccl-cu12"] if name == "requirements-tf2.txt" else [])
 
 
-# A Python that make_env.sh believes in. It notes what it is asked to do; GPU_RUNS names the
-# versions whose test op runs on the GPU, BROKEN and HANGING words that make a request fail or hang.
+# A Python that make_env.sh believes in. It notes what it is asked to do, and in another file how;
+# GPU_RUNS names the versions whose test op runs on the GPU, SLOW those whose test op does not end,
+# LACKING those without venv until apt-get brings it, BROKEN and HANGING words that make a request
+# fail or hang; NCCL_ERROR fails the build with NCCL.
 FAKE_PYTHON = """
 ask() { echo "$VERSION $*" >> "$CALLS"; }
+detail() { echo "$*" >> "$CALLS.details"; }
 case "$*" in
     *"${BROKEN:-nothing is broken}"*) echo "error: ${ERROR:-broken}"; exit 1 ;;
     *"${HANGING:-nothing hangs}"*) ask "$$"; exec tail -f /dev/null ;;
 esac
 case "$1 $2" in
-    "- "*) case " $2 " in *" $VERSION "*) echo "$0"; exit ;; esac
-        echo "is Python $VERSION"; exit 3 ;;
-    "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "- "*) case " $2 " in *" $VERSION "*) ;; *) echo "is Python $VERSION"; exit 3 ;; esac
+        case " $LACKING " in *" $VERSION "*)
+            [ -f "$CALLS.apt" ] || { echo "lacks a standard module (ensurepip)"; exit 3; } ;;
+        esac
+        echo "$0" ;;
+    "-m venv") mkdir -p "$3/bin" "$3/lib/python$VERSION/site-packages"; cp "$0" "$3/bin/python" ;;
     "-m pip") case "$*" in
-        *" -r "*) ask install "$(grep -E '^[a-z-]*tensorflow' "$5")" ;;
+        *" download "*)
+            for last; do :; done; detail "download $(cat "$last")"
+            while [ "$1" != -d ]; do shift; done; mkdir -p "$2"
+            cp "$CALLS.tar.gz" "$2/horovod-0.28.1.tar.gz" ;;
+        *" -r "*) ask install "$(grep -E '^[a-z-]*tensorflow' "$5")"
+            detail "packages $(cat "$5")" ;;
+        *nvidia-cuda-nvcc*) detail "nvcc $*"
+            to="$(dirname "$(dirname "$0")")/lib/python$VERSION/site-packages/nvidia/cu13"
+            mkdir -p "$to/bin" "$to/lib"; cp "$(dirname "$CALLS")/fake-nvcc" "$to/bin/nvcc" ;;
         *" wheel "*) ask horovod \
             "${HOROVOD_GPU_OPERATIONS:-${HOROVOD_GPU_ALLREDUCE:-cpu}${HOROVOD_GPU_ALLREDUCE:+ 2.6}}"
+            detail "wheel for $HOROVOD_BUILD_CUDA_CC_LIST with $HOROVOD_CUDA_HOME," \
+                "NCCL $HOROVOD_NCCL_LINK $HOROVOD_NCCL_HOME"
+            for last; do :; done; cp -r "$last/." "$CALLS.source"
+            case "$HOROVOD_CUDA_HOME:$NCCL_ERROR" in
+                ?*:?*) echo "error: $NCCL_ERROR"; exit 1 ;;
+            esac
             while [ "$1" != -w ]; do shift; done; mkdir -p "$2"; touch "$2/horovod.whl" ;;
     esac ;;
     "-c "*gpu:0*) ask test op
+        case " $SLOW " in *" $VERSION "*) exit 124 ;; esac
         case " $GPU_RUNS " in *" $VERSION "*) exit ;; esac; echo "no such GPU"; exit 1 ;;
-    "-c "?*) ask check ;;
     "-m pytest" | tools/*) ask "$@" ;;
 esac
 """
@@ -348,8 +370,47 @@ echo "op $(basename "$(dirname "$(dirname "$python")")")" >> "$CALLS"
 version=$(sed -n 's/^[a-z-]*tensorflow[^=]*==//p' "$(dirname "$python")/../requirements")
 mkdir -p zmq_ops/build; touch "zmq_ops/build/pull_op-tf$version.so"
 """
-REAL_TOOLS = ("awk basename bash cat chmod cp cut dirname env find flock grep head ln mkdir mktemp "
-              "mv nproc rm sed sh sha256sum sort tail timeout touch uname wc xargs").split()
+# Lists $GPUS GPUs, whose compute capabilities are unknown as with an old driver, or $CAPABILITIES.
+FAKE_NVIDIA_SMI = """
+[ "${GPUS:-%d}" -gt 0 ] || exit 9
+case "$*" in
+    -L) echo "GPU 0: made up" ;;
+    *compute_cap*) [ "$CAPABILITIES" ] || { echo 'Field "compute_cap" is not valid'; exit 2; }
+        for capability in $CAPABILITIES; do echo "$capability"; done ;;
+    *driver_version*) echo "name, driver_version"; echo "made up, ${DRIVER:-550}" ;;
+esac
+"""
+FAKE_NVCC = """
+case "$1" in
+    --version) echo "Cuda compilation tools, release %s, V%s.48" ;;
+    -v) echo '#$ TOP='"$(dirname "$0")/.." >&2 ;;
+    --list-gpu-arch) for cc in %s; do echo "compute_$cc"; done ;;
+esac
+"""
+FAKE_APT_GET = """
+echo "apt-get $*" >> "$CALLS"
+case "$1" in install) touch "$CALLS.apt" ;; esac
+"""
+REAL_TOOLS = ("awk basename bash cat chmod cp cut dirname env find flock grep gzip head ln mkdir "
+              "mktemp mv nproc patch rm sed sh sha256sum sort tail tar timeout touch tr uname wc "
+              "xargs").split()
+
+
+def sources_for(patches):
+    """Returns: {name: text} of files, blank but for what these patches expect to find."""
+    files = {}
+    for patch in patches:
+        at = None
+        for line in patch.read_text().splitlines():
+            hunk = re.match(r"@@ -(\d+),", line)
+            if line.startswith("--- a/"):
+                lines = files.setdefault(line[len("--- a/"):], [])
+            elif hunk:
+                at = int(hunk.group(1)) - 1
+                lines += [""] * (at - len(lines))
+            elif at is not None and line[:1] in (" ", "-", ""):
+                lines.append(line[1:])
+    return {name: "\n".join(lines) + "\n" for name, lines in files.items()}
 
 
 class Clone:
@@ -358,30 +419,60 @@ class Clone:
     def __init__(self, folder, pythons, gpu):
         self.path = folder / "a clone"
         self._calls = folder / "calls"
-        self._bin = folder / "bin"
-        for directory in (self.path / "tools", self._bin):
+        self.bin = folder / "bin"
+        self.cuda = folder / "cuda"  # stands in for /usr/local/cuda
+        for directory in (self.path / "tools", self.bin):
             directory.mkdir(parents=True)
         for name in ("requirements.txt", "requirements-cpu.txt", "requirements-tf2.txt",
-                     "Makefile", "tools/make_env.sh", "tools/find_system.sh", "augment.cc",
-                     "zmq_ops"):
-            copy = shutil.copytree if name == "zmq_ops" else shutil.copy
+                     "Makefile", "tools/make_env.sh", "tools/find_system.sh",
+                     "tools/build_horovod.sh", "tools/check_env.py", "tools/quiet_tensorflow.py",
+                     "tools/horovod", "augment.cc", "zmq_ops"):
+            copy = shutil.copytree if name in ("zmq_ops", "tools/horovod") else shutil.copy
             copy(os.path.join(ROOT, name), str(self.path / name))
         shutil.rmtree(str(self.path / "zmq_ops" / "build"), ignore_errors=True)
+        self.edit("tools/build_horovod.sh", " /usr/local/cuda/", f" {self.cuda}/")
+        self.edit("tools/find_system.sh", "^/usr/bin/", f"^{self.bin}/")
 
         for name in REAL_TOOLS:
-            (self._bin / name).symlink_to(shutil.which(name))
+            (self.bin / name).symlink_to(shutil.which(name))
         for version in pythons:
-            fake_command(self._bin / ("python" + version), "VERSION=%s\n" % version + FAKE_PYTHON)
-        fake_command(self._bin / "nvidia-smi", "echo 'GPU 0: made up'" if gpu else "exit 9")
-        fake_command(self._bin / "make", FAKE_MAKE)
-        fake_command(self._bin / "ls", "exit 2")  # there is no pyenv or conda
-        fake_command(self._bin / "sleep", "exec %s 0.01" % shutil.which("sleep"))
-        fake_command(self._bin / "df", "echo head; echo 'disk 9 9 %d 1 /'" % (9 << 20))
+            fake_command(self.bin / ("python" + version), "VERSION=%s\n" % version + FAKE_PYTHON)
+        fake_command(self.bin / "nvidia-smi", FAKE_NVIDIA_SMI % gpu)
+        fake_command(self.bin / "make", FAKE_MAKE)
+        fake_command(self.bin / "ls", "exit 2")  # there is no pyenv or conda
+        fake_command(self.bin / "sleep", "exec %s 0.01" % shutil.which("sleep"))
+        fake_command(self.bin / "df", "echo head; echo 'disk 9 9 %d 1 /'" % (11 << 20))
+        fake_command(self.bin / "sudo", 'shift; [ "$1" = true ] || exec "$@"')
+        fake_nvcc(folder / "fake-nvcc", "13.0")
+        self.patches = sorted((self.path / "tools" / "horovod").glob("*.patch"))
+        self.write_sources(sources_for(self.patches))
+
+    def edit(self, name, old, new):
+        path = self.path / name
+        text = path.read_text()
+        assert text.count(old) == 1, (name, old)
+        path.write_text(text.replace(old, new))
+
+    def write_sources(self, files):
+        """What `pip download` will bring."""
+        with tarfile.open(f"{self._calls}.tar.gz", "w:gz") as tar:
+            for name, text in files.items():
+                member = tarfile.TarInfo("horovod-0.28.1/" + name)
+                member.size = len(text.encode())
+                tar.addfile(member, io.BytesIO(text.encode()))
+
+    def details(self):
+        """How the last run downloaded, installed and built, a line each."""
+        return self._calls.with_name("calls.details").read_text()
+
+    def built_source(self):
+        return self._calls.with_name("calls.source")
 
     def command(self, command, **settings):
         """Start a command in the clone, with CXX=true: whatever is compiled there compiles."""
-        env = dict(PATH=str(self._bin), HOME=str(self.path), CALLS=str(self._calls), CXX="true",
-                   TMPDIR=str(self._bin.parent), **settings)
+        env = dict(PATH=str(self.bin), HOME=str(self.path), CALLS=str(self._calls), CXX="true",
+                   TMPDIR=str(self.bin.parent))
+        env.update(settings)
         return subprocess.Popen(command, env=env, cwd=str(self.path), universal_newlines=True,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE)
@@ -389,6 +480,7 @@ class Clone:
     def run(self, *command, **settings):
         """Returns: exit code, output, errors and the list of what was asked of the fakes."""
         self._calls.write_text("")
+        self._calls.with_name("calls.details").write_text("")
         process = self.command(command or ["tools/make_env.sh"], **settings)
         try:
             output, errors = process.communicate(timeout=120)
@@ -409,45 +501,52 @@ class Clone:
         return os.path.basename(self.run("tools/make_env.sh", "--venv", **settings)[1].strip())
 
 
+def fake_nvcc(path, release, known="75 80 90 100"):
+    return fake_command(path, FAKE_NVCC % (release, release, known))
+
+
 def fake_command(path, script):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/bin/sh\n%s\n" % script)
     path.chmod(0o755)
     return str(path)
 
 
-TF1_CPU = ["3.7 install intel-tensorflow==1.15.2", "3.7 horovod cpu", "op .venv-tf1", "3.7 check"]
-TF1_GPU = ["3.7 install tensorflow-gpu==1.15.5", "3.7 test op", "3.7 horovod NCCL 2.6",
-           "op .venv-tf1", "3.7 check"]
-TF2_CPU = ["3.11 install tensorflow-cpu==2.15.1", "3.11 horovod cpu", "op .venv-tf2", "3.11 check"]
-TF2_GPU = ["3.11 install tensorflow[and-cuda]==2.15.1", "3.11 test op", "3.11 horovod NCCL",
-           "op .venv-tf2", "3.11 check"]
+TF1_CHECK, TF2_CHECK = "3.7 tools/check_env.py", "3.12 tools/check_env.py"
+TF1_CPU = ["3.7 install intel-tensorflow==1.15.2", "3.7 horovod cpu", "op .venv-tf1", TF1_CHECK]
+TF1_GPU = ["3.7 install tensorflow-gpu==1.15.5", "3.7 test op", "3.7 horovod cpu",  # no CUDA 10
+           "op .venv-tf1", TF1_CHECK]
+TF2_CPU = ["3.12 install tensorflow-cpu==2.21.0", "3.12 horovod cpu", "op .venv-tf2", TF2_CHECK]
+TF2_GPU = ["3.12 install tensorflow[and-cuda]==2.21.0", "3.12 test op", "3.12 horovod NCCL",
+           "op .venv-tf2", TF2_CHECK + " --nccl"]
+TF1_GPU_UNTESTED, TF2_GPU_UNTESTED = ([call for call in calls if not call.endswith("test op")]
+                                      for calls in (TF1_GPU, TF2_GPU))
 
 
 @pytest.mark.parametrize("pythons, gpu, settings, expected, why", [
     # with no RUNTIME: TensorFlow 1.15 where it has a Python and no GPU that it does not run on
-    ("3.7 3.11", False, {}, TF1_CPU, "1.15: Python 3.7 was found, and nvidia-smi lists no GPU"),
-    ("3.9 3.11 3.10", False, {}, TF2_CPU, "2.15: no Python 3.7 that works was found"),
-    ("3.7 3.11", True, {"GPU_RUNS": "3.7"}, TF1_GPU, "1.15: Python 3.7 was found; whether it runs"),
-    ("3.7 3.11", True, {"GPU_RUNS": "3.11"}, TF1_GPU[:2] + TF2_GPU,
-     "2.15: a test op of TensorFlow 1.15 did not run on the GPU"),
-    ("3.7 3.11", True, {}, TF1_GPU[:2] + TF2_GPU[:2] + TF2_CPU,
-     "2.15: a test op of TensorFlow 1.15 did not run on the GPU"),
-    ("3.7", True, {}, TF1_GPU[:2] + TF1_CPU, "but there is no Python 3.9 to 3.11 for 2.15"),
-    ("3.11", True, {}, TF2_GPU[:2] + TF2_CPU, "2.15: no Python 3.7 that works was found"),
+    ("3.7 3.12", False, {}, TF1_CPU, "1.15: Python 3.7 was found, and nvidia-smi lists no GPU"),
+    ("3.10 3.12 3.11", False, {}, TF2_CPU, "2.21: no Python 3.7 that works was found"),
+    ("3.7 3.12", True, {"GPU_RUNS": "3.7"}, TF1_GPU, "1.15: Python 3.7 was found; whether it runs"),
+    ("3.7 3.12", True, {"GPU_RUNS": "3.12"}, TF1_GPU[:2] + TF2_GPU,
+     "2.21: a test op of TensorFlow 1.15 did not run on the GPU"),
+    ("3.7 3.12", True, {}, TF1_GPU[:2] + TF2_GPU[:2] + TF2_CPU,
+     "2.21: a test op of TensorFlow 1.15 did not run on the GPU"),
+    ("3.7", True, {}, TF1_GPU[:2] + TF1_CPU, "but there is no Python 3.10 to 3.13 for 2.21"),
+    ("3.12", True, {}, TF2_GPU[:2] + TF2_CPU, "2.21: no Python 3.7 that works was found"),
     # a forced build; the GPU build then needs no test, unless the runtime depends on it
-    ("3.7 3.11", True, {"BUILD": "cpu"}, TF1_CPU, "BUILD=cpu needs no GPU"),
-    ("3.7 3.11", True, {"BUILD": "gpu"}, TF1_GPU[:2] + TF2_GPU[:1] + TF2_GPU[2:],
-     "2.15: a test op of TensorFlow 1.15 did not run on the GPU"),
-    ("3.7 3.11", False, {"BUILD": "gpu"}, TF1_GPU[:1] + TF1_GPU[2:], "1.15: Python 3.7 was found"),
+    ("3.7 3.12", True, {"BUILD": "cpu"}, TF1_CPU, "BUILD=cpu needs no GPU"),
+    ("3.7 3.12", True, {"BUILD": "gpu"}, TF1_GPU[:2] + TF2_GPU_UNTESTED,
+     "2.21: a test op of TensorFlow 1.15 did not run on the GPU"),
+    ("3.7 3.12", False, {"BUILD": "gpu"}, TF1_GPU_UNTESTED, "1.15: Python 3.7 was found"),
     # a forced runtime
-    ("3.7 3.11", False, {"RUNTIME": "tf2"}, TF2_CPU, None),
-    ("3.7 3.11", False, {"RUNTIME": ""}, TF1_CPU, "1.15: Python 3.7 was found"),
-    ("3.7 3.11", True, {"RUNTIME": "tf1"}, TF1_GPU[:2] + TF1_CPU, None),
-    ("3.7 3.11", True, {"RUNTIME": "tf2"}, TF2_GPU[:2] + TF2_CPU, None),
-    ("3.7 3.11", True, {"RUNTIME": "tf1", "BUILD": "gpu"}, TF1_GPU[:1] + TF1_GPU[2:], None),
-    ("3.7 3.11", False, {"PYTHON": "python3.11"}, TF2_CPU, "2.15: chosen by PYTHON=python3.11"),
-    ("3.7 3.11", True, {"PYTHON": "python3.7"}, TF1_GPU[:2] + TF1_CPU, "1.15: chosen by PYTHON="),
+    ("3.7 3.12", False, {"RUNTIME": "tf2"}, TF2_CPU, None),
+    ("3.7 3.12", False, {"RUNTIME": ""}, TF1_CPU, "1.15: Python 3.7 was found"),
+    ("3.7 3.12", True, {"RUNTIME": "tf1"}, TF1_GPU[:2] + TF1_CPU, None),
+    ("3.7 3.12", True, {"RUNTIME": "tf2"}, TF2_GPU[:2] + TF2_CPU, None),
+    ("3.7 3.12", True, {"RUNTIME": "tf1", "BUILD": "gpu"}, TF1_GPU_UNTESTED, None),
+    ("3.7 3.12", False, {"PYTHON": "python3.12"}, TF2_CPU, "2.21: chosen by PYTHON=python3.12"),
+    ("3.7 3.12", True, {"PYTHON": "python3.7"}, TF1_GPU[:2] + TF1_CPU, "1.15: chosen by PYTHON="),
 ])
 def test_runtime_and_build_follow_from_the_machine(tmp_path, pythons, gpu, settings, expected, why):
     clone = Clone(tmp_path, pythons.split(), gpu)
@@ -460,17 +559,19 @@ def test_runtime_and_build_follow_from_the_machine(tmp_path, pythons, gpu, setti
     assert output.count("no: no such GPU") == len(failed)
 
     # again: the same environment, and nothing is installed, tested or compiled
-    venv = ".venv-tf1" if expected[-1] == "3.7 check" else ".venv-tf2"
+    venv = ".venv-tf1" if expected[-1].startswith(TF1_CHECK) else ".venv-tf2"
     output, calls = clone.make_env(**settings)
     assert calls == []
     assert "environment: %s is complete" % venv in output
     assert clone.chosen(**settings) == venv
     assert [path.name for path in clone.path.glob(".venv-tf?")] == [venv]  # no half-made one
-    assert {path.name for path in tmp_path.iterdir()} == {"a clone", "bin", "calls"}  # TMPDIR
+    left = {path.name.split(".")[0] for path in tmp_path.iterdir()}  # in TMPDIR
+    assert left == {"a clone", "bin", "calls", "fake-nvcc"}
 
 
 @pytest.mark.parametrize("pythons, found", [
-    ("3.9 3.10 3.11 3.12", "python3.11"), ("3.8 3.9 3.10", "python3.10"), ("3.7 3.9", "python3.9")])
+    ("3.11 3.13 3.12 3.14", "python3.13"), ("3.9 3.10 3.11", "python3.11"),
+    ("3.7 3.10", "python3.10")])
 def test_newest_python_of_tf2_is_preferred(tmp_path, pythons, found):
     clone = Clone(tmp_path, pythons.split(), False)
     code, output, _, _ = clone.run("tools/make_env.sh", "--find-python", RUNTIME="tf2")
@@ -481,7 +582,7 @@ def test_newest_python_of_tf2_is_preferred(tmp_path, pythons, found):
     ({"RUNTIME": "other"}, "RUNTIME=other: it must be tf1 (TensorFlow 1.15) or tf2"),
     ({"BUILD": "tpu"}, "BUILD=tpu: it must be auto, cpu or gpu"),
     ({"RUNTIME": "tf1"}, "TensorFlow 1.15 needs Python 3.7, and none that works is on PATH"),
-    ({}, "TensorFlow 2.15 needs Python 3.9 to 3.11, and none that works is on PATH"),
+    ({}, "TensorFlow 2.21 needs Python 3.10 to 3.13, and none that works is on PATH"),
     ({"PYTHON": "python3.8"}, "PYTHON=python3.8 is Python 3.8; TensorFlow 1.15 needs Python 3.7"),
 ])
 def test_what_cannot_be_set_up_is_one_clear_error(tmp_path, settings, complaint):
@@ -492,21 +593,21 @@ def test_what_cannot_be_set_up_is_one_clear_error(tmp_path, settings, complaint)
 
 
 def test_runtimes_live_side_by_side(tmp_path):
-    clone = Clone(tmp_path, ["3.7", "3.11"], False)
+    clone = Clone(tmp_path, ["3.7", "3.12"], False)
     assert clone.make_env(RUNTIME="tf1")[1] == TF1_CPU
     assert clone.make_env(RUNTIME="tf2")[1] == TF2_CPU
     assert clone.make_env(RUNTIME="tf1")[1] == clone.make_env(RUNTIME="tf2")[1] == []
     assert (clone.path / ".venv-tf1" / "setup_seconds").exists()
 
     # the pull op of the other TensorFlow does not stand in for a missing one
-    (clone.path / "zmq_ops" / "build" / "pull_op-tf2.15.1.so").unlink()
+    (clone.path / "zmq_ops" / "build" / "pull_op-tf2.21.0.so").unlink()
     assert clone.make_env(RUNTIME="tf1")[1] == []
     assert clone.make_env(RUNTIME="tf2")[1] == ["op .venv-tf2"]
     # and both are made again when their source changes
     with open(str(clone.path / "zmq_ops" / "pull_op.cc"), "a") as f:
         f.write("// changed\n")
-    assert clone.make_env(RUNTIME="tf1")[1] == ["op .venv-tf1", "3.7 check"]
-    assert clone.make_env(RUNTIME="tf2")[1] == ["op .venv-tf2", "3.11 check"]
+    assert clone.make_env(RUNTIME="tf1")[1] == ["op .venv-tf1", TF1_CHECK]
+    assert clone.make_env(RUNTIME="tf2")[1] == ["op .venv-tf2", TF2_CHECK]
 
     # with both there, the rule chooses as before
     assert clone.chosen() == ".venv-tf1"
@@ -515,31 +616,266 @@ def test_runtimes_live_side_by_side(tmp_path):
 
 @pytest.mark.parametrize("runtime, steps", [("tf1", TF1_CPU), ("tf2", TF2_CPU)])
 def test_failed_step_is_done_again_and_what_was_done_is_not(tmp_path, runtime, steps):
-    clone = Clone(tmp_path, ["3.7", "3.11"], False)
-    for broken, done in (("-m venv", []), ("-r ", []), (" wheel ", steps[:1]), ("zmq", steps[1:3])):
+    clone = Clone(tmp_path, ["3.7", "3.12"], False)
+    for broken, done in (("-m venv", []), ("-r ", []), (" download ", steps[:1]),
+                         (" wheel ", []), ("check_env", steps[1:3])):
         code, _, errors, calls = clone.run(RUNTIME=runtime, BROKEN=broken)
         assert code == 1 and "error: broken" in errors and "setup.log" in errors
         assert calls == done
     assert clone.make_env(RUNTIME=runtime)[1] == steps[3:]
 
 
-@pytest.mark.parametrize("runtime, error, advice", [
-    ("tf1", "Could NOT find NCCL", "Horovod found no NCCL: install it for CUDA 10, set"),
-    ("tf2", "Could NOT find NCCL", "Horovod found no NCCL: install it for CUDA 12, set"),
-    ("tf2", "Could NOT find CUDAToolkit", "found no CUDA toolkit: install that of CUDA 12 with"),
-    ("tf2", "No space left on device", "the disk is full; make room, then"),
-])
-def test_failure_is_one_sentence_that_helps(tmp_path, runtime, error, advice):
-    clone = Clone(tmp_path, ["3.7", "3.11"], True)
-    code, _, errors, _ = clone.run(RUNTIME=runtime, BUILD="gpu", BROKEN=" wheel ", ERROR=error)
+LACKS = [
+    ("No space left on device", "the disk is full; make room, then"),
+    ("NewConnectionError('...')", "no network, or the packages' server cannot be reached; once"),
+    ("virtual memory exhausted: Cannot allocate memory", "ran out of memory; free some, then"),
+    ("g++: fatal error: Killed signal terminated program cc1plus", "ran out of memory"),
+]
+
+
+@pytest.mark.parametrize("broken, error, advice", [
+    (" wheel ",) + lack for lack in LACKS] + [
+    (" download ", "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
+     "a download is not the file that was published; run the same command again")])
+def test_failure_is_one_sentence_that_helps(tmp_path, broken, error, advice):
+    clone = Clone(tmp_path, ["3.12"], False)
+    code, _, errors, _ = clone.run(BROKEN=broken, ERROR=error)
     assert code == 1 and advice in errors and errors.count("\n") == 1
+
+
+# ---- Horovod: its source, and CUDA's compiler for NCCL
+
+def test_horovod_is_built_from_checked_and_patched_source(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], False)
+    assert clone.make_env(HOROVOD_GPU_OPERATIONS="MPI")[1] == TF2_CPU  # the caller's is unset
+    assert re.search("^download horovod==0.28.1 --hash=sha256:[0-9a-f]{64}$",
+                     clone.details(), re.M)
+    for patch in clone.patches:
+        for name, text in sources_for([patch]).items():
+            assert (clone.built_source() / name).read_text() != text
+    assert "= global_context.gloo_iface_;" in (
+        clone.built_source() / "horovod" / "common" / "gloo" / "gloo_context.cc").read_text()
+
+    # a changed patch builds Horovod anew, and nothing else but the check
+    with open(str(clone.patches[0]), "a") as f:
+        f.write("\n")
+    assert clone.make_env()[1] == [TF2_CPU[1], TF2_CHECK]
+
+
+def test_patch_that_does_not_apply_is_named(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], True)
+    files = sources_for(clone.patches)
+    files["horovod/runner/launch.py"] = "# a newer version\n"
+    clone.write_sources(files)
+    code, _, errors, calls = clone.run(GPU_RUNS="3.12")
+    assert code == 1 and errors.count("\n") == 1 and calls == TF2_GPU[:2]
+    assert "tools/horovod/3-no-home.patch does not apply to horovod 0.28.1: it has" in errors
+    assert "setup.log" in errors
+
+    fake_command(clone.bin / "broken-patch", "echo 'No space left on device'; exit 1")
+    (clone.bin / "broken-patch").replace(clone.bin / "patch")
+    assert "the disk is full" in clone.run(GPU_RUNS="3.12")[2]
+
+
+GLOO = "Horovod was not built with NCCL"
+
+
+@pytest.mark.parametrize("settings, reason", [
+    ({"RUNTIME": "tf1"}, "there is no nvcc of CUDA 10"),
+    ({"RUNTIME": "tf2", "NCCL_ERROR": "identifier is undefined"}, "identifier is undefined"),
+    ({"RUNTIME": "tf2", "CAPABILITIES": "9.0 13.7"}, "does not compile for compute capability 137"),
+    ({"RUNTIME": "tf2", "BROKEN": "nvidia-cuda-nvcc", "ERROR": "No matching distribution"},
+     "No matching distribution"),
+])
+def test_without_nccl_there_is_gloo(tmp_path, settings, reason):
+    clone = Clone(tmp_path, ["3.7", "3.12"], True)
+    output, calls = clone.make_env(BUILD="gpu", **settings)
+    assert output.count(GLOO) == 1
+    compiled = ["3.12 horovod NCCL"] if "NCCL_ERROR" in settings else []
+    gpu, check = ((TF1_GPU_UNTESTED, TF1_CHECK) if settings["RUNTIME"] == "tf1" else
+                  (TF2_GPU_UNTESTED, TF2_CHECK))
+    version = check.split()[0]
+    assert calls == gpu[:1] + compiled + [f"{version} horovod cpu", gpu[-2], check]
+    log = (clone.path / f".venv-{settings['RUNTIME']}" / "setup.log").read_text()
+    assert reason in log
+    assert clone.make_env(BUILD="gpu", **settings)[1] == []
+
+
+@pytest.mark.parametrize("broken", [{}, {"BROKEN": "nvidia-cuda-nvcc"}])
+@pytest.mark.parametrize("error, advice", LACKS[:3])
+def test_what_the_machine_lacks_does_not_lead_to_gloo(tmp_path, broken, error, advice):
+    clone = Clone(tmp_path, ["3.12"], True)
+    error = {"ERROR": error} if broken else {"NCCL_ERROR": error}
+    code, output, errors, calls = clone.run(BUILD="gpu", **broken, **error)
+    assert code == 1 and advice in errors and errors.count("\n") == 1
+    assert GLOO not in output and "3.12 horovod cpu" not in calls
+    assert clone.make_env()[1] == TF2_GPU_UNTESTED[1:]
+
+
+@pytest.mark.parametrize("runtime, releases, used", [
+    # of HOROVOD_CUDA_HOME, PATH and where CUDA's installer puts it, the first that fits is used
+    ("tf2", {"chosen": "12.4", "path": "12.5", "cuda": "13.0"}, "chosen"),
+    ("tf2", {"chosen": "11.8", "path": "13.1", "cuda": "13.0"}, "path"),
+    ("tf2", {"path": "10.0", "cuda": "12.2"}, "cuda"),
+    ("tf2", {"cuda": "14.0"}, None),
+    ("tf2", {}, None),
+    ("tf1", {"path": "12.4", "cuda": "10.0"}, "cuda"),
+])
+def test_installed_cuda_toolkit_is_used(tmp_path, runtime, releases, used):
+    clone = Clone(tmp_path, ["3.7", "3.12"], True)
+    for name, release in releases.items():
+        fake_nvcc(tmp_path / name / "bin" / "nvcc", release)
+    output, calls = clone.make_env(RUNTIME=runtime, BUILD="gpu",
+                                   PATH=f"{clone.bin}:{tmp_path / 'path' / 'bin'}",
+                                   HOROVOD_CUDA_HOME=str(tmp_path / "chosen"))
+    assert ("3.7 horovod NCCL 2.6" if runtime == "tf1" else "3.12 horovod NCCL") in calls
+    assert calls[-1].endswith("--nccl") and GLOO not in output
+    details = clone.details()
+    if used:
+        home = str(tmp_path / used / "bin" / "..")
+        assert f"with the CUDA toolkit in {home}" in output and "nvidia-cuda-nvcc" not in details
+    else:
+        assert "nvidia-cuda-nvcc==" in details
+        home = re.search(r"with (\S+/nvidia/cu13),", details).group(1)
+        assert not os.path.exists(home) and str(clone.path) not in home
+    assert f" with {home}, NCCL SHARED" in details
+
+
+def test_nccl_of_the_callers_choice(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], True)
+    clone.make_env(BUILD="gpu", HOROVOD_NCCL_HOME="/opt/nccl", HOROVOD_NCCL_LINK="STATIC")
+    assert ", NCCL STATIC /opt/nccl\n" in clone.details()
+
+
+@pytest.mark.parametrize("capabilities, built", [
+    ("9.0 8.0 9.0", "80,90"), ("10.0 8.0", "80,100"), ("", "80,90"), ("N/A", "80,90")])
+def test_horovod_is_built_for_the_gpus(tmp_path, capabilities, built):
+    # (without known ones, for those of TensorFlow's that this nvcc knows)
+    clone = Clone(tmp_path, ["3.12"], True)
+    fake_nvcc(clone.cuda / "bin" / "nvcc", "12.4", known="50 52 80 90 100")
+    clone.make_env(BUILD="gpu", CAPABILITIES=capabilities)
+    assert f"wheel for {built} with " in clone.details()
+
+
+# ---- which GPUs, and which build
+
+def test_gpu_newer_than_cuda_10_takes_tf2_at_once(tmp_path):
+    clone = Clone(tmp_path, ["3.7", "3.12"], True)
+    output, calls = clone.make_env(CAPABILITIES="7.5 10.0", GPU_RUNS="3.12")
+    assert calls == TF2_GPU
+    assert "2.21: 1.15 does not run on a GPU of compute capability 10.0\n" in output
+    assert clone.chosen(CAPABILITIES="7.5 6.1") == ".venv-tf1"
+    (clone.bin / "python3.12").unlink()
+    shutil.rmtree(str(clone.path / ".venv-tf2"))
+    output = clone.make_env(CAPABILITIES="8.0")[0]
+    assert "8.0, but there is no Python 3.10 to 3.13 for 2.21\n" in output
+
+
+def test_verdict_of_the_test_op_expires(tmp_path):
+    clone = Clone(tmp_path, ["3.7", "3.12"], True)
+    runs = {"GPU_RUNS": "3.12"}
+    assert clone.make_env(**runs)[1] == TF1_GPU[:2] + TF2_GPU
+    verdict = clone.path / ".venv-tf1.no-gpu"
+    assert "no such GPU" in verdict.read_text()
+    assert clone.chosen() == ".venv-tf2"
+    assert clone.chosen(DRIVER="570") == ".venv-tf1"  # another driver, or GPU
+    for days, venv in ((6, ".venv-tf2"), (8, ".venv-tf1")):
+        written = time.time() - days * 24 * 3600
+        os.utime(str(verdict), (written, written))
+        assert clone.chosen() == venv
+    assert clone.make_env(GPU_RUNS="3.7")[1] == TF1_GPU  # it is asked again
+
+
+@pytest.mark.parametrize("pythons, settings, expected", [
+    ("3.7 3.12", {"GPU_RUNS": "3.12"}, TF1_GPU[:2] + TF2_GPU),
+    ("3.7 3.12", {}, TF1_GPU[:2] + TF2_GPU),
+    ("3.7", {}, TF1_GPU),
+    ("3.7 3.12", {"RUNTIME": "tf1"}, TF1_GPU),
+    ("3.12", {}, TF2_GPU),
+])
+def test_slow_test_op_does_not_lead_to_a_cpu_build(tmp_path, pythons, settings, expected):
+    clone = Clone(tmp_path, pythons.split(), True)
+    settings = dict({"SLOW": "3.7 3.12"}, **settings)
+    output, calls = clone.make_env(**settings)
+    assert calls == expected and "it took more than 5 minutes" in output
+    assert clone.make_env(**settings)[1] == []
+    if expected[:2] == TF1_GPU[:2] and "3.12" in pythons:
+        # nor later, once 1.15 is asked for
+        assert clone.make_env(RUNTIME="tf1", SLOW="3.7")[1] in (TF1_GPU_UNTESTED, [])
+
+
+def test_build_that_was_asked_for_stays(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], True)
+    runs = {"GPU_RUNS": "3.12"}
+    build = clone.path / ".venv-tf2" / "build"
+    assert clone.make_env(GPUS="0")[1] == TF2_CPU and build.read_text().split() == ["cpu"]
+    # asked for, though it is there already
+    assert clone.make_env(BUILD="cpu", **runs)[1] == []
+    assert build.read_text().split() == ["cpu", "asked"]
+    assert clone.make_env(**runs)[1] == []
+    # auto takes that back, and a GPU is there
+    assert clone.make_env(BUILD="auto", **runs)[1] == TF2_GPU
+    assert build.read_text().split() == ["gpu"]
+    assert clone.make_env(BUILD="cpu", **runs)[1] == TF2_CPU
+    assert clone.make_env(**runs)[1] == clone.make_env(GPUS="0")[1] == []
+
+
+def test_gpu_build_stays_where_no_gpu_is_listed(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], True)
+    assert clone.make_env(GPU_RUNS="3.12")[1] == TF2_GPU
+    assert clone.make_env(GPUS="0")[1] == []
+    # nor is it tested there, when its packages change
+    clone.edit("requirements-tf2.txt", "psutil==", "psutil==9.")
+    assert clone.make_env(GPUS="0")[1] == [TF2_GPU[0], TF2_GPU[-1]]
+    assert not (clone.path / ".venv-tf2.no-gpu").exists()
+
+
+def test_cpu_build_gets_no_nccl(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], False)
+    clone.make_env()
+    assert "tensorflow-cpu==" in clone.details() and "nvidia-" not in clone.details()
+    clone.make_env(BUILD="gpu")
+    assert re.search(r"^nvidia-nccl-cu12==[\d.]+$", clone.details(), re.M)
+
+
+def test_changed_quiet_tensorflow_reaches_the_environment(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], False)
+    clone.make_env()
+    folder = clone.path / ".venv-tf2" / "lib" / "python3.12" / "site-packages"
+    assert (folder / "quiet_tensorflow.pth").exists()
+    clone.edit("tools/quiet_tensorflow.py", "'2')  # errors only", "'3')")
+    assert clone.make_env()[1] == [TF2_CHECK]
+    assert "'3')" in (folder / "quiet_tensorflow.py").read_text()
+
+
+def test_debians_python_is_completed(tmp_path):
+    clone = Clone(tmp_path, ["3.9", "3.12"], False)
+    # without apt-get
+    code, _, errors, calls = clone.run(LACKING="3.12")
+    assert code == 1 and errors.count("\n") == 1 and calls == []
+    assert f"{clone.bin}/python3.12 lacks a standard module (ensurepip). TensorFlow 2.21" in errors
+
+    # nothing is installed to answer a question
+    fake_command(clone.bin / "apt-get", "echo 'E: no such package'; exit 100")
+    code, _, _, calls = clone.run("tools/make_env.sh", "--find-python", LACKING="3.12")
+    assert code == 1 and calls == []
+    code, _, errors, calls = clone.run(LACKING="3.12")
+    assert code == 1 and "E: no such package" in errors and calls == []
+    log = re.search(r"all output is in (.*)", errors).group(1)
+    assert os.path.exists(log)
+
+    fake_command(clone.bin / "apt-get", FAKE_APT_GET)
+    output, calls = clone.make_env(LACKING="3.12")
+    assert calls == ["apt-get update -q", "apt-get install -q -y --no-install-recommends "
+                     "python3.12-venv python3.12-dev"] + TF2_CPU
+    assert "installing python3.12-venv python3.12-dev with apt-get" in output
 
 
 @pytest.mark.parametrize("settings, hanging, left", [
     ({}, "gpu:0", TF1_GPU[:2] + TF2_GPU), ({"RUNTIME": "tf2"}, " wheel ", TF2_GPU[2:])])
 def test_interrupted_set_up_ends_what_it_started_and_heals(tmp_path, settings, hanging, left):
-    clone = Clone(tmp_path, ["3.7", "3.11"], True)
-    settings = dict(settings, GPU_RUNS="3.11")
+    clone = Clone(tmp_path, ["3.7", "3.12"], True)
+    settings = dict(settings, GPU_RUNS="3.12")
     process = clone.command(["tools/make_env.sh"], HANGING=hanging, **settings)
     try:
         hangs, deadline = None, time.time() + 120
@@ -560,7 +896,7 @@ def test_interrupted_set_up_ends_what_it_started_and_heals(tmp_path, settings, h
 
 
 def test_each_environment_has_its_lock(tmp_path):
-    clone = Clone(tmp_path, ["3.7", "3.11"], False)
+    clone = Clone(tmp_path, ["3.7", "3.12"], False)
     with open(str(clone.path / ".venv-tf1.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert clone.make_env(RUNTIME="tf2")[1] == TF2_CPU
@@ -576,10 +912,10 @@ def test_each_environment_has_its_lock(tmp_path):
 
 
 def test_make_uses_the_chosen_environment(tmp_path):
-    clone = Clone(tmp_path, ["3.7", "3.11"], False)
+    clone = Clone(tmp_path, ["3.7", "3.12"], False)
     make = shutil.which("make")
-    assert clone.run(make, "test", "RUNTIME=tf2")[3] == TF2_CPU + ["3.11 -m pytest tests"]
-    assert clone.run(make, "demo", RUNTIME="tf2")[3] == ["3.11 tools/demo.py"]
+    assert clone.run(make, "test", "RUNTIME=tf2")[3] == TF2_CPU + ["3.12 -m pytest tests"]
+    assert clone.run(make, "demo", RUNTIME="tf2")[3] == ["3.12 tools/demo.py"]
     assert clone.run(make, "test")[3] == TF1_CPU + ["3.7 -m pytest tests"]
     assert clone.run(make, "demo", "RUNTIME=tf1")[3] == ["3.7 tools/demo.py"]
     code, _, errors, calls = clone.run(make, "test", "RUNTIME=other")

@@ -20,13 +20,20 @@ get_source() {  # leaves the patched source in $scratch/horovod
     mkdir -p "$scratch/horovod"
     run tar -xzf "$scratch/sdist/${version/==/-}.tar.gz" -C "$scratch/horovod" --strip-components 1
     for patch in tools/horovod/*.patch; do
-        attempt patch -d "$scratch/horovod" -p1 --fuzz=0 --forward -i "$PWD/$patch" ||
+        if ! attempt patch -d "$scratch/horovod" -p1 --fuzz=0 --forward -i "$PWD/$patch"; then
+            explain_lack
             fail "$patch does not apply to ${version/==/ }: it has to be made anew, or removed if" \
                 "Horovod has mended what it mends (all output is in $log)"
+        fi
     done
 }
 
 # ---- CUDA's compiler and NCCL
+
+note() {  # in the log, as if a command had printed it
+    from=$(($(wc -c < "$log") + 1))
+    say "$*" >> "$log"
+}
 
 toolkit_of() {  # toolkit_of NVCC: the folder that its compiler, headers and libraries are in
     "$1" -v --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p' | head -n 1
@@ -38,10 +45,11 @@ fits() {  # fits NVCC: whether Horovod can be built with it for this TensorFlow
     case $runtime-$release in tf1-10 | tf2-12 | tf2-13) ;; *) return 1 ;; esac
 }
 
-installed_toolkit() {  # of the caller's choice, or on PATH, or where CUDA's installer puts it
-    local nvcc
-    for nvcc in ${HOROVOD_CUDA_HOME:+"$HOROVOD_CUDA_HOME/bin/nvcc"} nvcc /usr/local/cuda/bin/nvcc
-    do
+# the caller's choice (which may be none), or on PATH, or where CUDA's installer puts it
+installed_toolkit() {
+    local nvcc choice=(nvcc /usr/local/cuda/bin/nvcc)
+    if [[ ${HOROVOD_CUDA_HOME:-} ]]; then choice=("$HOROVOD_CUDA_HOME/bin/nvcc"); fi
+    for nvcc in "${choice[@]}"; do
         if fits "$nvcc"; then toolkit_of "$nvcc"; return; fi
     done
     return 1
@@ -52,14 +60,17 @@ get_toolkit() {  # sets cuda_home
         say "      with the CUDA toolkit in $cuda_home"
         return
     fi
-    [[ $runtime == tf2 ]] || return
+    if [[ $runtime == tf1 ]]; then
+        note 'there is no nvcc of CUDA 10 in HOROVOD_CUDA_HOME, on PATH or in /usr/local/cuda'
+        return 1
+    fi
     say '      with a CUDA compiler for this build alone (a download of about 200 MB)'
     attempt "$venv/bin/python" -m venv "$scratch/nvcc" || return
     # shellcheck disable=SC2086  # one word per package
     attempt "$scratch/nvcc/bin/python" -m pip install -q $nvcc_packages || return
     cuda_home=$(echo "$scratch"/nvcc/lib/python3*/site-packages/nvidia/cu13)
-    ln -s lib "$cuda_home/lib64"
-    ln -s libcudart.so.13 "$cuda_home/lib/libcudart.so"
+    attempt ln -s lib "$cuda_home/lib64" &&
+        attempt ln -s libcudart.so.13 "$cuda_home/lib/libcudart.so"
 }
 
 get_nccl() {  # sets nccl_home: the caller's, or that of PyPI, which is in the environment
@@ -73,20 +84,21 @@ get_nccl() {  # sets nccl_home: the caller's, or that of PyPI, which is in the e
     ln -s "$nvidia/nccl/lib/libnccl.so.2" "$nccl_home/lib/libnccl.so"
 }
 
-# The compute capabilities to build for, like 80,90: those of this machine's GPUs; without one,
-# TensorFlow's own that the compiler knows. Newer GPUs run the last one's PTX.
-architectures() {
-    local known wanted cc list=
+# Sets list, the compute capabilities to build for, like 80,90: those of this machine's GPUs;
+# without one, TensorFlow's own that the compiler knows. Newer GPUs run the last one's PTX.
+get_architectures() {
+    local known wanted cc
+    list=
     known=$("$cuda_home/bin/nvcc" --list-gpu-arch 2> /dev/null || true)
     wanted=$(capabilities | tr -d .)
     for cc in ${wanted:-60 70 80 89 90}; do
         if grep -qx "compute_$cc" <<< "${known:-compute_$cc}"; then list+=,$cc
         elif [[ $wanted ]]; then
-            say "      $cuda_home/bin/nvcc does not compile for compute capability $cc" >&2
+            note "$cuda_home/bin/nvcc does not compile for compute capability $cc"
             return 1
         fi
     done
-    say "${list#,}"
+    list=${list#,}
 }
 
 # ---- the build
@@ -101,7 +113,7 @@ build_wheel() {  # build_wheel SETTINGS...
 
 build_with_nccl() {
     local list settings link=${HOROVOD_NCCL_LINK:-}
-    get_toolkit && get_nccl && list=$(architectures) || return
+    get_toolkit && get_nccl && get_architectures || return
     if [[ -z ${HOROVOD_NCCL_HOME:-} ]]; then link=SHARED; fi  # NCCL of PyPI is
     settings=(HOROVOD_NCCL_LINK="$link"
         HOROVOD_CUDA_HOME="$cuda_home" CUDAToolkit_ROOT="$cuda_home"
@@ -131,6 +143,7 @@ SH
     chmod +x "$scratch/cmake"
     # its build knows no spaces in paths: it gets to see the environment through a link
     ln -sfn "$venv" "$scratch/venv"
+    get_system_packages
     get_source
     rm -f "$venv/with_nccl"
     if [[ $build == cpu ]]; then

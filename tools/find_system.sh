@@ -62,27 +62,24 @@ search_python() {  # prints the first that works; or fails and prints what one o
     return 1
 }
 
-# of a Python that search_python found lacking: what Debian's package of it leaves to others
-python_packages() {  # python_packages FOUND
-    local name
-    name=$(sed -n 's|^/usr/bin/\(python3\.[0-9]*\) .*|\1|p' <<< "$1")
-    [[ $name ]] && command -v apt-get > /dev/null && say "$name-venv $name-dev"
+# where there is no Python but Debian's, which leaves venv and headers to other packages: these
+get_python_packages() {
+    local found name log=$venv.packages.log  # there is no environment yet
+    if [[ -n ${PYTHON:-} ]] || found=$(search_python); then return; fi
+    name=$(sed -n 's|^/usr/bin/\(python3\.[0-9]*\) .*|\1|p' <<< "$found")
+    if [[ -z $name ]] || ! command -v apt-get > /dev/null; then return; fi
+    : > "$log"
+    install_system_packages "$name-venv" "$name-dev"
 }
 
 find_python() {
-    local found packages
+    local found
     if [[ -n ${PYTHON:-} ]]; then
         found=$(try_python "$PYTHON" "$pythons") && say "$found" && return
         fail "PYTHON=$PYTHON ${found:-does not run}; TensorFlow 1.15 needs Python 3.7, 2.21 needs" \
             '3.10 to 3.13, both with venv and headers'
     fi
     found=$(search_python) && say "$found" && return
-    if packages=$(python_packages "$found"); then
-        local log=$scratch/packages.log  # there is no environment yet
-        # shellcheck disable=SC2086  # one word per package
-        install_system_packages $packages >&2
-        found=$(search_python) && say "$found" && return
-    fi
     fail "${found:+$found. }TensorFlow $tf_version needs $python_range, and none that works is on" \
         "PATH or in pyenv, conda or uv: $(how_to_get_python), then run the same command again"
 }
@@ -110,7 +107,6 @@ has_zmq() {
     compiles $'#include <zmq.h>\nint main() { return zmq_errno(); }' "${flags[@]}"
 }
 has_make() { command -v make > /dev/null; }
-
 has_patch() { command -v patch > /dev/null; }
 
 install_system_packages() {  # install_system_packages PACKAGES...
@@ -158,11 +154,13 @@ gpu_listed() { nvidia-smi -L 2> /dev/null | grep -q '^GPU '; }
 
 capabilities() {  # their compute capabilities, like 8.0, a line each; drivers before 2021 tell none
     nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null |
-        grep -xE '[0-9]+\.[0-9]+' | sort -u || true
+        grep -xE '[0-9]+\.[0-9]+' | sort -uV || true
 }
 
 # TensorFlow 1.15 is built for CUDA 10, which knows no GPU after Turing (7.5)
 too_new_for_tf1() { capabilities | awk '$1 > 7.5 { newer = 1 } END { exit !newer }'; }
+
+took_long='it took more than 5 minutes'
 
 # A build finds no GPU where its CUDA is missing. One GPU suffices, and what it has of memory.
 # Returns 124 if it takes more than 5 minutes: a GPU newer than the build compiles all kernels
@@ -184,7 +182,7 @@ with tf.Graph().as_default(), tf.device("/gpu:0"):
     with tf.Session(config=config) as sess:
         assert np.all(sess.run(y) == 27), "a convolution on the GPU gave wrong numbers"
 ' || status=$?
-    if ((status == 124)); then echo 'it took more than 5 minutes' >> "$log"
+    if ((status == 124)); then echo "$took_long" >> "$log"
     elif ((status > 128)); then echo "it was killed by signal $((status - 128))" >> "$log"
     fi
     return "$status"
@@ -197,4 +195,5 @@ no_gpu() {
     [[ $(find "$venv.no-gpu" -mtime -7 2> /dev/null) &&
         $(tail -n 1 "$venv.no-gpu") == "$(these_gpus)" ]]
 }
+was_slow() { grep -qx "$took_long" "$venv.no-gpu"; }
 remember_no_gpu() { mv "$log" "$venv.no-gpu"; these_gpus >> "$venv.no-gpu"; }

@@ -19,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # settings of the caller that would lead pip, make or python astray
-unset PYTHONPATH PYTHONHOME MAKEFLAGS MFLAGS MAKELEVEL
+unset PYTHONPATH PYTHONHOME MAKEFLAGS MFLAGS MAKELEVEL HOROVOD_WITH_MPI "${!HOROVOD_GPU@}"
 export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf '%s\n' "$*"; }
@@ -80,7 +80,8 @@ keys() {
     key_op=$(hash_of "$key_base" "$(find augment.cc zmq_ops -name build -prune -o -type f \
         \( -name Makefile -o -name '*.cc' -o -name '*.h' \) -print \
         | LC_ALL=C sort | xargs -r -d '\n' cat | sha256sum)")
-    key_check=$(hash_of "$key_packages" "$key_horovod" "$key_op")
+    key_check=$(hash_of "$key_packages" "$key_horovod" "$key_op" \
+        "$(cat tools/quiet_tensorflow.py tools/check_env.py)")
 }
 
 complete() {
@@ -216,20 +217,20 @@ choose_build() {
     case ${BUILD:-auto} in
         cpu | gpu) build=$BUILD asked=asked ;;
         auto)
-            if [[ $asked && ! ${BUILD:-} ]]; then build=$kept
+            if [[ ${BUILD:-} ]]; then asked=; fi
+            if [[ $asked ]]; then build=$kept
             elif ! gpu_listed; then build=${kept:-cpu} why=', nvidia-smi lists no GPU'
-            elif no_gpu; then build=cpu why=', a test op did not run on the GPU'
+            elif no_gpu && ! was_slow; then build=cpu why=', a test op did not run on the GPU'
             else build=gpu why=', nvidia-smi lists a GPU'
             fi ;;
         *) fail "BUILD=$BUILD: it must be auto, cpu or gpu" ;;
     esac
 }
 
-# whether the GPU build is to be tested: BUILD=gpu takes it as it is, except that the rule for the
-# runtime needs to know
+# whether the GPU build is to be tested, for which a GPU must be listed: BUILD=gpu takes it as it
+# is, except that the rule for the runtime needs to know
 tests_gpu() {
-    [[ $build == gpu ]] && ! no_gpu || return
-    [[ ! $asked ]] || { [[ $by_rule && $runtime == tf1 ]] && gpu_listed; }
+    [[ $build == gpu ]] && gpu_listed && ! no_gpu && [[ ! $asked || $by_rule-$runtime == 1-tf1 ]]
 }
 
 # whether this environment stays: not if the test op fails; if it is only slow, another must be there
@@ -251,6 +252,7 @@ make_venv() {
     local python
     [[ $(uname -sm) == 'Linux x86_64' ]] ||
         fail "this set-up is for Linux on x86_64 only, not $(uname -sm)"
+    get_python_packages
     python=$(find_python)
     if [[ -e $venv ]]; then
         say "      removing the half-made or outdated $(basename "$venv")"
@@ -271,15 +273,6 @@ install_packages() {
     begin packages "[2/5] packages from $(requirements "$build") (about a minute)"
     pins "$build" | grep -v '^horovod==' > "$venv/requirements"
     run "$venv/bin/python" -m pip install -r "$venv/requirements"
-    # horovodrun imports TensorFlow too, and would begin every run with its greetings
-    local folder
-    for folder in "$venv"/lib/python3*/site-packages; do
-        if [[ -d $folder ]]; then
-            cp tools/quiet_tensorflow.py "$folder/"
-            echo 'import quiet_tensorflow; quiet_tensorflow.install()' \
-                > "$folder/quiet_tensorflow.pth"
-        fi
-    done
 }
 
 build_op() {
@@ -290,11 +283,23 @@ build_op() {
 }
 
 final_check() {
-    local nccl=
+    local folder nccl=
     if [[ -f $venv/with_nccl ]]; then nccl=--nccl; fi
     begin check '[5/5] checking: imports, the op, Horovod and a TensorFlow session (about 10 s)'
+    # horovodrun imports TensorFlow too, and would begin every run with its greetings
+    for folder in "$venv"/lib/python3*/site-packages; do
+        cp tools/quiet_tensorflow.py "$folder/"
+        echo 'import quiet_tensorflow; quiet_tensorflow.install()' > "$folder/quiet_tensorflow.pth"
+    done
     run env PATH="$venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=2 CUDA_VISIBLE_DEVICES= \
         "$venv/bin/python" tools/check_env.py $nccl
+}
+
+# what was asked for counts from now on, even if it is there already
+write_build() {
+    if [[ $(cat "$venv/build" 2> /dev/null) != "$build $asked" ]]; then
+        echo "$build $asked" > "$venv/build"
+    fi
 }
 
 write_seconds() { cat "$venv"/stamps/* | awk '{s += $2} END {print s}' > "$venv/setup_seconds"; }
@@ -310,6 +315,7 @@ main() {
     choose_build
     keys "$build"
     if complete; then
+        write_build
         say "environment: .venv-$runtime is complete ($build build)"
         return
     fi
@@ -338,7 +344,7 @@ main() {
         fi
         stamp packages "$key_packages"
     fi
-    echo "$build $asked" > "$venv/build"
+    write_build
     if ! stamped horovod "$key_horovod"; then install_horovod; stamp horovod "$key_horovod"; fi
     if ! stamped op "$key_op" || [[ ! -f $op || ! -f build/augment.so ]]; then
         get_system_packages

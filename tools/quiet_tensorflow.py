@@ -39,7 +39,7 @@ class QuietLoader(ExtensionFileLoader):
 
 @contextlib.contextmanager
 def heeding_level():
-    severities = LEFT_OUT.get(os.environ['TF_CPP_MIN_LOG_LEVEL'])
+    severities = LEFT_OUT.get(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))
     if not severities or not sys.__stderr__:
         yield
         return
