@@ -713,9 +713,11 @@ def test_what_the_machine_lacks_does_not_lead_to_gloo(tmp_path, broken, error, a
 
 
 @pytest.mark.parametrize("runtime, releases, used", [
-    # of HOROVOD_CUDA_HOME, PATH and where CUDA's installer puts it, the first that fits is used
+    # of PATH and where CUDA's installer puts it, the first that fits is used; HOROVOD_CUDA_HOME is
+    # the only one if it is given
     ("tf2", {"chosen": "12.4", "path": "12.5", "cuda": "13.0"}, "chosen"),
-    ("tf2", {"chosen": "11.8", "path": "13.1", "cuda": "13.0"}, "path"),
+    ("tf2", {"chosen": "11.8", "path": "13.1", "cuda": "13.0"}, None),
+    ("tf2", {"path": "13.1", "cuda": "13.0"}, "path"),
     ("tf2", {"path": "10.0", "cuda": "12.2"}, "cuda"),
     ("tf2", {"cuda": "14.0"}, None),
     ("tf2", {}, None),
@@ -725,9 +727,9 @@ def test_installed_cuda_toolkit_is_used(tmp_path, runtime, releases, used):
     clone = Clone(tmp_path, ["3.7", "3.12"], True)
     for name, release in releases.items():
         fake_nvcc(tmp_path / name / "bin" / "nvcc", release)
+    choice = {"HOROVOD_CUDA_HOME": str(tmp_path / "chosen")} if "chosen" in releases else {}
     output, calls = clone.make_env(RUNTIME=runtime, BUILD="gpu",
-                                   PATH=f"{clone.bin}:{tmp_path / 'path' / 'bin'}",
-                                   HOROVOD_CUDA_HOME=str(tmp_path / "chosen"))
+                                   PATH=f"{clone.bin}:{tmp_path / 'path' / 'bin'}", **choice)
     assert ("3.7 horovod NCCL 2.6" if runtime == "tf1" else "3.12 horovod NCCL") in calls
     assert calls[-1].endswith("--nccl") and GLOO not in output
     details = clone.details()
