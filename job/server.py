@@ -60,7 +60,7 @@ class DataServer:
         for flag, value in sorted(options.items()):
             values = value if isinstance(value, (list, tuple)) else [value]
             self._command += [f'--{flag}', *map(str, values)]
-        self._process = self._lifeline = self._control = None
+        self._process = self._lifeline = self._clean_up = self._control = None
 
     @property
     def end_points(self) -> List[str]:
@@ -77,7 +77,10 @@ class DataServer:
                 pass_fds=[read], stdin=subprocess.DEVNULL)
             if '--quiet' not in self._command:
                 self._command.append('--quiet')  # should it start again, for another pass
-            subprocess.check_call(['sh', '-c', ORPHAN, CLEAN_UP, self.folder], stdin=read)
+            shell = subprocess.Popen(['sh', '-c', ORPHAN, CLEAN_UP, self.folder], stdin=read,
+                                     stdout=subprocess.PIPE)
+            shell.wait()
+            self._clean_up = shell.stdout  # open until the clean-up, which it leaves behind, ends
             os.close(read)
         self._control = self._connect()
         lines = self._control.makefile('r')
@@ -135,4 +138,6 @@ class DataServer:
                 shutdown.exit_if_ended()
                 time.sleep(0.02)
             os.close(self._lifeline)
+            self._clean_up.read()  # the next server has the same folder
+            self._clean_up.close()
             self._process = None

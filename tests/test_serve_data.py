@@ -609,3 +609,33 @@ def test_the_server_ends_when_all_trainers_are_gone(folder, start):
     server.connections[1].close()
     assert server.wait() == (0, '')
     assert_all_gone(server, workers)
+# two passes over the same images, each with a server of its own in the same folder
+PASSES = '''
+import os
+import sys
+import time
+sys.path.insert(0, {!r})
+from job import cores
+cores.set_up([])
+from job import ranks, server, start
+
+start.begin()
+server.CLEAN_UP = server.CLEAN_UP.replace('read line;', 'read line; sleep 2;')
+passes = server.DataServer(ranks.private_folder(), {{
+    'task': 'eval', 'split': 'train', 'data': sys.argv[1], 'batch': 4, 'image-size': 8}}, 1)
+for _ in range(2):
+    assert passes.start()['images'] == 3
+    time.sleep(3)
+    assert os.path.isdir(passes.folder)
+    passes.stop()
+'''.format(os.path.dirname(SERVER))
+
+
+def test_the_clean_up_of_a_server_spares_the_next_one(tmp_path):
+    for i in range(3):
+        (tmp_path / 'train' / str(i)).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / 'train' / str(i) / 'a.png'), np.zeros((9, 9, 3), np.uint8))
+    process = subprocess.run(
+        [sys.executable, '-c', PASSES, str(tmp_path)], stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, universal_newlines=True, timeout=4 * PATIENCE)
+    assert process.returncode == 0, process.stderr
