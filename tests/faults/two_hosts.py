@@ -155,7 +155,7 @@ def two_hosts(launcher):
             with open(os.path.join(work, name), 'w') as f:
                 f.write(text.format(work=work))
         for name in ADDRESSES:
-            # Debian lets a host know itself by this address; horovodrun does not bear it
+            # Debian lets a host know itself by this address, where no sshd of ours listens
             own = {} if launcher == 'horovodrun' else {name: '127.0.1.1'}
             hosts.append(Host(work, name, dict(ADDRESSES, localhost='127.0.0.1', **own)))
         subprocess.check_call(
