@@ -10,11 +10,12 @@ counted in rounds of the reader's own thread, so that a job stopped as a whole (
 go on.
 """
 import http.client
-import json
 import os
 import socket
 import threading
 import time
+
+from job import store
 
 REFUSED = 3  # rounds with a refused connection until the store counts as gone
 SCOPE = '/moco/'  # of the keys: a rank's number, and "verdict"
@@ -36,12 +37,12 @@ def progress():
 
 
 class Heartbeat:
-    """One rank's part: `store` is the (host, port) of the key-value store, `limit` the seconds that
-    a rank may be silent, or behind, `progress` returns this rank's [barriers, pieces of work], and
-    `end` is called with the reason to end."""
+    """One rank's part: `server` is the (host, port) of the key-value store, `limit` the seconds
+    that a rank may be silent, or behind, `progress` returns this rank's [barriers, pieces of work],
+    and `end` is called with the reason to end."""
 
-    def __init__(self, rank, size, store, limit, progress, end):
-        self._rank, self._size, self._store, self._limit = rank, size, store, limit
+    def __init__(self, rank, size, server, limit, progress, end):
+        self._rank, self._size, self._store, self._limit = rank, size, server, limit
         self._progress, self._end = progress, end
         self._interval = min(5., limit / 20)  # seconds between two rounds
         self._rounds = int(limit / self._interval)
@@ -84,15 +85,7 @@ class Heartbeat:
                     'its host, is gone'.format(*self._store))
 
     def _request(self, method, key, value=None):
-        """Write or read a value of the store; a missing one is None."""
-        connection = http.client.HTTPConnection(*self._store, timeout=self._timeout)
-        try:
-            connection.request(method, SCOPE + str(key), value and json.dumps(value))
-            response = connection.getresponse()
-            content = response.read()
-        finally:
-            connection.close()
-        return json.loads(content) if method == 'GET' and response.status == 200 else None
+        return store.request(self._store, method, SCOPE + str(key), value, self._timeout)
 
     def _listen_to(self, rank):
         beat = self._request('GET', rank)

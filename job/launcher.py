@@ -6,7 +6,6 @@ one its number; what horovodrun does besides is done here, before any library is
 """
 import hashlib
 import http.client
-import json
 import os
 import re
 import socket
@@ -19,6 +18,7 @@ import psutil
 
 from errors import UserError
 from job import cores
+from job.store import request
 
 # The launcher, and the variables with which it tells a rank: its number, the number of ranks, and
 # how many of them are on this host. mpirun may start its own processes with srun, so srun is the
@@ -114,18 +114,10 @@ class Store:
         self.address, self.port = address, port
 
     def request(self, method, key, value=None):
-        """Write or read a value; a missing one is None."""
-        connection = http.client.HTTPConnection(self.address, self.port, timeout=5)
-        try:
-            connection.request(method, SCOPE + key, value and json.dumps(value))
-            response = connection.getresponse()
-            content = response.read()
-        finally:
-            connection.close()
-        return json.loads(content) if method == 'GET' and response.status == 200 else None
+        return request((self.address, self.port), method, SCOPE + key, value)
 
 
-def start_server(token, ports, env) -> int:
+def start_server(token, ports) -> int:
     """Start the store, which ends when this process has, however; returns its port."""
     read, write = os.pipe()  # nothing is written; the kernel closes `write` with this process
     server = subprocess.Popen(
@@ -237,7 +229,7 @@ def _join(me, env):
     token = '-'.join([str(os.getuid())] + [env[name] for name in JOB if name in env])
     address, ports = find_address(env, me), find_ports(env, token)
     if me.rank == 0:
-        ports, address = [start_server(token, ports, env)], LOOPBACK
+        ports, address = [start_server(token, ports)], LOOPBACK
     store = find_store(me, address, ports, token, deadline)
     try:
         entries = meet(me, store, deadline)
