@@ -15,6 +15,7 @@ import threading
 import urllib.request
 
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+from signals import SIGNALS  # (lies beside this script)
 
 
 def listen(ports, scope, token):
@@ -33,7 +34,7 @@ def listen(ports, scope, token):
 
 
 def main(lifeline, scope, token, *ports):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # launchers send them to all; rank 0 decides
     server = listen(map(int, ports), scope, token)
     server.daemon_threads = True

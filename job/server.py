@@ -19,13 +19,13 @@ import horovod.tensorflow as hvd
 import data
 import zmq_ops
 from errors import UserError
-from job import cores, ranks
+from job import cores, ranks, signals
 from job.shutdown import shutdown
 
 SERVER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'serve-data.py')
 # The last clean-up: horovodrun kills all descendants of a rank that does not end. This process,
 # whose parent is init, waits for the end of the lifeline and removes the server's folder, $0.
-CLEAN_UP = 'trap "" TERM INT HUP; read line; rm -rf -- "$0"'
+CLEAN_UP = f'trap "" {signals.NAMES}; read line; rm -rf -- "$0"'
 ORPHAN = 'exec 3<&0; setsid sh -c "$0" "$1" <&3 3<&- &'  # (old versions of setsid know no --fork)
 
 

@@ -1,7 +1,8 @@
 """Shutdown: how this process ends, for whatever reason and from any thread.
 
-A job that is asked to end (SIGTERM, Ctrl-C) finishes the step, on which all ranks agree, writes a
-checkpoint and a file named resume-me, and exits with code 75: the same command goes on from there.
+A job that is asked to end (by SIGTERM, Ctrl-C or another of signals.SIGNALS) finishes the step, on
+which all ranks agree, writes a checkpoint and a file named resume-me, and exits with code 75: the
+same command goes on from there.
 """
 import contextlib
 import os
@@ -12,6 +13,7 @@ import threading
 from tensorpack import tfv1 as tf
 
 from errors import UserError, one_line
+from job import signals
 
 STALL_LIMIT = 300  # seconds
 GRACE = 4  # seconds: horovodrun kills 5 s after SIGTERM
@@ -41,12 +43,11 @@ class Shutdown:
     # ---- signals
 
     def watch_signals(self) -> None:
-        """Watch for SIGTERM and SIGINT; to be called in the main thread."""
+        """Watch for signals that ask for the end; to be called in the main thread."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._leave)
+        signals.handle(self._leave)
 
         def wait():
             while True:
