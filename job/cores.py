@@ -1,6 +1,8 @@
 """Cores: which this process may use, how many threads fit them, and what libraries are told."""
 import argparse
 import contextlib
+import glob
+import itertools
 import os
 import pathlib
 import resource
@@ -10,7 +12,10 @@ import sysconfig
 from typing import Iterable, List, Optional, Set
 
 from errors import UserError
+from job import signals
 
+PACKAGES = ('cv2', 'google', 'h5py', 'horovod', 'msgpack', 'numpy', 'PIL', 'tensorflow',
+            'tensorpack', 'yaml', 'zmq')
 CORES = os.sched_getaffinity(0)  # that this host's ranks were given: this process, and all others
 _ranks_per_core = None  # local ranks that share this rank's cores, if not all of them do
 
@@ -29,7 +34,9 @@ def set_up(argv: List[str]) -> None:
     are not set. Libraries read them while they are loaded: to be called before."""
     # Until a script has handlers of its own, Ctrl-C ends it at once: libraries that are being
     # loaded lose one KeyboardInterrupt in ten.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not signals.ignored(signal.SIGINT):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    leave_other_packages()
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--cpus', default='')
     with contextlib.suppress(argparse.ArgumentTypeError):  # the script's own parser reports it
@@ -54,6 +61,29 @@ def set_up(argv: List[str]) -> None:
     flags = os.environ.get('XLA_FLAGS', '')
     if os.path.isdir(cuda) and '--xla_gpu_cuda_data_dir' not in flags:
         os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_cuda_data_dir={cuda}'.strip()
+
+
+def leave_other_packages() -> None:
+    """Leave folders of PYTHONPATH that have another cv2, say, than this environment: ROS and its
+    like set it, for other Pythons. In this process, and in those that it starts."""
+    entries = [entry for entry in os.environ.get('PYTHONPATH', '').split(os.pathsep) if entry]
+    own = [folder for folder in sys.path if folder not in entries]
+    others = {}  # folder -> package
+    for folder, name in itertools.product(entries, PACKAGES):
+        if has_package(folder, name) and any(has_package(other, name) for other in own):
+            others.setdefault(folder, name)
+    if others:
+        os.environ['PYTHONPATH'] = os.pathsep.join(
+            entry for entry in entries if entry not in others)
+        sys.path[:] = [folder for folder in sys.path if folder not in others]
+        for folder, name in others.items():
+            print(f'PYTHONPATH: {folder} is left out, since it has a {name} of its own',
+                  file=sys.stderr)
+
+
+def has_package(folder: str, name: str) -> bool:
+    return any(glob.glob(os.path.join(glob.escape(folder), name + ending))
+               for ending in ('', '.py', '.*so'))
 
 
 def parse_cpus(text: str) -> Set[int]:

@@ -110,3 +110,29 @@ def test_ctrl_c_ends_a_script_that_is_loading_libraries(call, result):
         print({{signal.SIG_DFL: 'ends at once', signal.default_int_handler: 'as before'}}[
             signal.getsignal(signal.SIGINT)])"""
     assert run_code(code) == result + '\n'
+
+
+@pytest.mark.parametrize('files, left_out', [
+    (['cv2/__init__.py'], True), (['numpy.py'], True), (['zmq.cpython-27.so'], True),
+    (['mine.py'], False), ([], False)])
+def test_other_packages_of_pythonpath_are_left_out(tmp_path, monkeypatch, capsys, files, left_out):
+    ros, mine = tmp_path / 'ros[1]', tmp_path / 'mine'
+    for file in files:
+        (ros / file).parent.mkdir(parents=True, exist_ok=True)
+        (ros / file).write_text('')
+    own = [folder for folder in sys.path if folder not in (str(ros), str(mine))]
+    monkeypatch.setenv('PYTHONPATH', f'{ros}:{mine}')
+    monkeypatch.setattr(sys, 'path', [str(ros), str(mine)] + own)
+    cores.leave_other_packages()
+    kept = [str(mine)] if left_out else [str(ros), str(mine)]
+    assert os.environ['PYTHONPATH'] == ':'.join(kept) and sys.path == kept + own
+    said = f'PYTHONPATH: {ros} is left out, since it has a ' in capsys.readouterr().err
+    assert said == left_out
+
+
+def test_packages_that_only_pythonpath_has_stay(tmp_path, monkeypatch):
+    (tmp_path / 'numpy').mkdir()  # as with a cluster's modules
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.setattr(sys, 'path', [str(tmp_path), '/nowhere'])
+    cores.leave_other_packages()
+    assert os.environ['PYTHONPATH'] == str(tmp_path) and sys.path == [str(tmp_path), '/nowhere']
