@@ -6,16 +6,19 @@ import json
 import os
 import tempfile
 import time
-from typing import Iterable, Iterator, Tuple
+from typing import Dict, Iterable, Iterator, List, Tuple
 
 import numpy as np
 
+import labels
 from errors import UserError
+from image_files import (DANGLING, EXTENSIONS, FOLDER, SIGNATURES, SYSTEM, holds_image, lost_link,
+                         read_folder, why_no_image)
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
-
-# files: FileList; labels: int32 [N] or None; classes: sorted list of names or None
-ImageList = collections.namedtuple('ImageList', ['files', 'labels', 'classes'])
+# files: FileList; labels: int32 [N] or None; classes: sorted list of names or None; notes: lines
+# for the user, of what was left out
+ImageList = collections.namedtuple('ImageList', ['files', 'labels', 'classes', 'notes'])
+ImageList.__new__.__defaults__ = ((),)
 
 
 class FileList:
@@ -71,76 +74,124 @@ def fake_images(num_images: int, labelled: bool) -> ImageList:
 def list_images(root: str, split: str = 'train', labelled: bool = False) -> ImageList:
     """List the images of one split, sorted, so that every process and host has the same list.
 
-    Labelled: root/train/<class>/** and root/val/<class>/**, or images directly in root/val with a
-    list of labels, val.txt, in root or root/val: lines 'name label', a label being the name of a
-    class or its number, which is its rank among the sorted names of the folders in root/train.
-    Unlabelled: everything in root/train (or in root, if it has no train) or root/val, flat or
-    nested. Symbolic links are followed; names that start with a dot are ignored.
+    Labelled: root/train/<class>/** and root/val/<class>/**, or images directly in root/val, or in
+    its only folder, with a list of labels in root or root/val: one of labels.LISTS, with a label
+    that is the name of a class or its number, its rank among the sorted names of the folders in
+    root/train. Unlabelled: everything in root/train (or in root, if it has no train) or root/val,
+    flat or nested; an error if root/train may as well be one of several classes.
+
+    An image is a file with one of EXTENSIONS, or that starts with one of SIGNATURES. Symbolic links
+    are followed. All else is left out, and noted; so are hidden names and SYSTEM_FOLDERS.
     """
     if not os.path.isdir(root):
         raise UserError(f'there is no folder {root}')
     folder = os.path.join(root, split)
-    if not labelled:
-        if split == 'train' and not os.path.isdir(folder):
-            folder = root
-        files = find_images(folder)
-        if not len(files):
-            kinds = ' '.join(extension[1:] for extension in EXTENSIONS)
-            raise UserError(f'there is no image ({kinds}) in {folder}')
-        return ImageList(files, None, None)
+    if labelled:
+        return _list_labelled(root, folder, split)
 
+    notes = []
+    if split == 'train' and os.path.isdir(folder):
+        notes = _look_beside_train(root)
+    elif split == 'train':
+        folder = root
+    files, left_out = find_images(folder)
+    notes += _describe(folder, left_out)
+    if not len(files):
+        kinds = ' '.join(extension[1:] for extension in EXTENSIONS)
+        raise UserError('; '.join([f'there is no image ({kinds}) in {folder}'] + notes))
+    return ImageList(files, None, None, notes)
+
+
+def _list_labelled(root, folder, split):
     classes = _list_classes(os.path.join(root, 'train'))
-    names, folders = _read_folder(folder)
-    flat = [name for name in names if name not in folders and name.lower().endswith(EXTENSIONS)]
-    if split == 'val' and flat:
-        for path in (os.path.join(root, 'val.txt'), os.path.join(folder, 'val.txt')):
-            if os.path.isfile(path):
-                labels = _read_labels(path, flat, classes)
-                return ImageList(FileList(folder, *pack_names(flat)), labels, classes)
-        if not folders:
+    files, left_out = find_images(folder)
+    counts = collections.Counter(name.split('/', 1)[0] for name in files.names() if '/' in name)
+    num_flat = len(files) - sum(counts.values())
+
+    if split == 'val':
+        folders, path = _list_folders(folder), labels.find_list(root, folder)
+        in_one_folder = len(folders) == 1 and counts[folders[0]] and folders[0] not in classes
+        if path and (num_flat or in_one_folder):
+            if num_flat and counts:
+                files = _keep(files, False, left_out, 'in folders beside flat images')
+            values, notes = labels.read_labels(path, list(files.names()), classes)
+            return ImageList(files, values, classes, _describe(folder, left_out) + notes)
+        if num_flat and not folders:
             raise UserError(f'the images in {folder} have no labels: they need class folders, or '
                             f'a list {root}/val.txt with lines "name label"')
 
-    files = find_images(folder)
-    counts = collections.Counter(name.split('/', 1)[0] for name in files.names() if '/' in name)
-    if sum(counts.values()) < len(files):  # some are in no class folder
-        files = FileList(folder, *pack_names(name for name in files.names() if '/' in name))
+    if num_flat:
+        files = _keep(files, True, left_out, 'in no class folder')
     for name in _list_classes(folder):
         if name not in classes:
             raise UserError(f'the class {name} of {folder} is not in {root}/train')
         if not counts[name]:
-            raise UserError(f'there is no image in the class folder {folder}/{name}')
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [counts[name] for name in classes])
-    return ImageList(files, labels, classes)
+            raise UserError('; '.join([f'there is no image in the class folder {folder}/{name}'] +
+                                      _describe(folder, left_out)))
+    values = np.repeat(np.arange(len(classes), dtype=np.int32), [counts[name] for name in classes])
+    return ImageList(files, values, classes, _describe(folder, left_out))
+
+
+def _list_folders(folder):
+    names, kinds = read_folder(folder)
+    for name in names:
+        if kinds.get(name) == DANGLING:
+            raise lost_link(os.path.join(folder, name))
+    return [name for name in names if kinds.get(name) == FOLDER]
 
 
 def _list_classes(folder):
-    folders = _read_folder(folder)[1]
+    folders = _list_folders(folder)
     if not folders:
         raise UserError(f'labels need one folder a class, but {folder} has no folder in it')
-    return sorted(folders)
+    return folders
 
 
-def _read_labels(path, images, classes):
-    """The labels that a list has for these images: int32 [N]. A class's name precedes a number."""
-    numbers, labels = {name: number for number, name in enumerate(classes)}, {}
-    with open(path, errors='surrogateescape') as lines:
-        for number, line in enumerate(lines, 1):
-            words = line.strip().rsplit(None, 1)
-            if not words:
-                continue
-            if len(words) != 2:
-                raise UserError(f'line {number} of {path} is not "name label": {line[:80].strip()}')
-            name, label = words
-            value = numbers.get(label, int(label) if label.isdecimal() else len(classes))
-            if value >= len(classes):
-                raise UserError(f'line {number} of {path}: {label} is neither a class of the '
-                                f'training images nor a number below {len(classes)}')
-            labels[name[4:] if name.startswith('val/') else name] = value
-    for image in images:
-        if image not in labels:
-            raise UserError(f'{path} has no label for {image}')
-    return np.array([labels[image] for image in images], np.int32)
+def _keep(files, nested, left_out, reason):
+    """The files that are in folders, or those that are not; the others are left out."""
+    def names():
+        for name in files.names():
+            if ('/' in name) == nested:
+                yield name
+            else:
+                _leave_out(left_out, reason, name)
+    return FileList(files.root, *pack_names(names()))
+
+
+def _look_beside_train(root) -> List[str]:
+    """Notes on the images in root that are not in root/train; an error if that may be a class."""
+    if not os.access(root, os.R_OK):
+        return []  # what is in train/ can be used nevertheless
+    names, kinds = read_folder(root)
+    folders = [name for name in names if kinds.get(name) == FOLDER and name != 'train']
+    splits = [name for name in folders if name.lower().startswith(('val', 'test', 'dev', 'eval'))]
+    others = [name + '/' for name in folders
+              if name not in splits and holds_image(os.path.join(root, name))]
+    if others and not splits:
+        raise UserError(f'{root}: is train/ the training images, or a class beside '
+                        f'{labels.cut(others)}? Give {root}/train to read it alone; to read all, '
+                        'name it differently')
+    loose = [name for name in names
+             if name not in kinds and not why_no_image(os.path.join(root, name))]
+    beside = (['images in ' + labels.cut(others)] if others else []) + (
+        ['loose images: ' + labels.cut(loose)] if loose else [])
+    return [f'{root}: only train/ is read; beside it are {", and ".join(beside)}'] if beside else []
+
+
+def _leave_out(left_out, reason, name):
+    """Count what is left out, {reason: (number, the first names)}."""
+    number, names = left_out.get(reason, (0, []))
+    left_out[reason] = number + 1, (names + [name.replace('\n', '?')])[:3]
+
+
+def _describe(folder, left_out) -> List[str]:
+    """No note or one."""
+    if not left_out:
+        return []
+    total = sum(number for number, _ in left_out.values())
+    reasons = [f'{number} {reason} ({", ".join(names)}{", ..." * (number > len(names))})'
+               for reason, (number, names) in left_out.items()]
+    return [f'{folder}: left out {total} file{"s" * (total > 1)}: ' + ', '.join(reasons)]
 
 
 def digest_images(images: ImageList) -> str:
@@ -154,23 +205,25 @@ def digest_images(images: ImageList) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_images(folder: str) -> FileList:
-    """The images under a folder, in sorted order: from a kept list, if it has one that holds."""
+def find_images(folder: str) -> Tuple[FileList, Dict[str, Tuple[int, List[str]]]]:
+    """The images under a folder, in sorted order, and what is left out, {reason: (number, first
+    names)}: from a kept list, if it has one that holds."""
     # whatever is wrong with that, the folder can be listed again
     with contextlib.suppress(Exception), np.load(_cache_path(folder), allow_pickle=False) as kept:
         stamps = json.loads(kept['stamps'].tobytes().decode())
         if all(_stamp(os.stat(os.path.join(folder, name))) == stamp
                for name, stamp in stamps.items()):
-            return FileList(folder, kept['block'].tobytes(), kept['ends'])
-    _read_folder(folder)  # whose errors are clear
-    start, seen = time.time(), {}
-    files = FileList(folder, *pack_names(_walk(folder, '', (), seen)))
+            return (FileList(folder, kept['block'].tobytes(), kept['ends']),
+                    json.loads(kept['left_out'].tobytes().decode()))
+    read_folder(folder)  # whose errors are clear
+    start, seen, left_out = time.time(), {}, {}
+    files = FileList(folder, *pack_names(_walk(folder, '', (), seen, left_out)))
     if time.time() - start > SLOW_LISTING:
-        _save_list(folder, files, seen, start)
-    return files
+        _save_list(folder, files, left_out, seen, start)
+    return files, left_out
 
 
-def _walk(folder, prefix, above, seen):
+def _walk(folder, prefix, above, seen, left_out):
     """Yield the names, relative to the folder, of all images under folder/prefix, sorted. `above`
     has (device, inode) of the folders around; `seen` gets an os.stat_result by the name of every
     folder, and None by that of every dangling link."""
@@ -180,35 +233,23 @@ def _walk(folder, prefix, above, seen):
     if identity in above:
         return  # a link to a folder around it
     seen[prefix] = status
-    names, folders = _read_folder(path)
+    names, kinds = read_folder(path)
     for name in names:
-        if name in folders:
-            yield from _walk(folder, prefix + name + '/', above + (identity,), seen)
-        elif name.lower().endswith(EXTENSIONS):
+        kind = kinds.get(name)
+        if kind is None and not name.lower().endswith(EXTENSIONS):
+            if name in labels.LISTS:
+                continue
+            kind = why_no_image(os.path.join(path, name))
+        if kind is None:
             yield prefix + name
-        elif not os.path.exists(os.path.join(path, name)):
-            seen[prefix + name] = None
-
-
-def _read_folder(folder):
-    """The sorted names in a folder, hidden ones left out, and the set of those that are folders."""
-    names, folders = [], set()
-    if not os.path.isdir(folder):
-        raise UserError(f'there is no folder {folder}')
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith('.'):
-                    continue
-                # a broken link stays in the list, so that it is reported when it cannot be read
-                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                    folders.add(entry.name)
-                elif not (entry.is_symlink() or entry.is_file()):
-                    continue  # reading a pipe or a device may block for ever
-                names.append(entry.name)
-    except OSError as error:
-        raise UserError(f'cannot read the folder {folder}: {error.strerror}')
-    return sorted(names), folders
+        elif kind == FOLDER:
+            yield from _walk(folder, prefix + name + '/', above + (identity,), seen, left_out)
+        elif kind != SYSTEM or holds_image(os.path.join(path, name)):
+            if kind == DANGLING:
+                seen[prefix + name] = None
+                if not prefix:  # maybe a class
+                    raise lost_link(os.path.join(path, name))
+            _leave_out(left_out, kind, prefix + name)
 
 
 # ---- kept lists
@@ -216,7 +257,7 @@ def _read_folder(folder):
 # A list that took long to make is kept in the user's cache. It holds while every folder in it has
 # the inode, mtime and ctime that it had then: a new, removed or renamed file changes the times of
 # its folder (tar and rsync set mtime back, but no program sets ctime back). So two changes are not
-# seen: of a file's contents, which the list does not hold, and of a link from one file to another.
+# seen: of a file's contents, even from no image to one, and of a link from one file to another.
 # A list is not kept where times are not reliable: with a dangling link, which may lead to a folder
 # tomorrow; of folders that changed within the last minute (a clock's tick can be 2 s long, or the
 # clock wrong); on object stores by FUSE, and on FAT.
@@ -227,7 +268,8 @@ UNTIMED = ('fuse', 'vfat', 'msdos', 'exfat')
 def _cache_path(folder):
     home = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.environ['HOME'], '.cache')
     # the inode, for hosts that share a home but not the data
-    key = json.dumps([os.path.realpath(folder), os.stat(folder).st_ino, EXTENSIONS])
+    key = json.dumps([os.path.realpath(folder), os.stat(folder).st_ino, EXTENSIONS,
+                      SIGNATURES.pattern.decode('latin-1')])
     return os.path.join(home, 'moco', hashlib.sha256(key.encode()).hexdigest()[:16] + '.npz')
 
 
@@ -235,7 +277,7 @@ def _stamp(status):
     return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _save_list(folder, files, seen, start):
+def _save_list(folder, files, left_out, seen, start):
     """Keep a list whose listing started at that time, if it can be relied on."""
     with contextlib.suppress(Exception):  # nothing depends on it
         with open('/proc/self/mountinfo') as mounts:
@@ -249,5 +291,6 @@ def _save_list(folder, files, seen, start):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
             np.savez(temporary + '/list.npz', stamps=np.frombuffer(stamps, np.uint8),
-                     block=np.frombuffer(block, np.uint8), ends=ends)
+                     block=np.frombuffer(block, np.uint8), ends=ends,
+                     left_out=np.frombuffer(json.dumps(left_out).encode(), np.uint8))
             os.replace(temporary + '/list.npz', path)

@@ -1,21 +1,40 @@
 """image_lists.py: lists of images and labels, and lists that are kept."""
+import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 import decoder
+import image_files
 import image_lists
+import labels
 from errors import UserError
 from image_lists import digest_images, list_images
-from images import write_image
+from images import read_image, write_image
 
 
 def relative(images, root):
     return [os.path.relpath(path, str(root)) for path in images.files]
+
+
+def make(root, *names):
+    """Images; empty folders, whose names end with /; and text files."""
+    for name in names:
+        if name.endswith('/'):
+            (root / name).mkdir(parents=True)
+        elif name.endswith('.txt'):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text('P3 x BM x')
+        else:
+            write_image(root / name)
 
 
 # ------------------------------------------------------------------------------------------ lists
@@ -57,8 +76,7 @@ def test_flat_val_with_list(tmp_path, where):
 
 
 def test_any_folder_for_pretraining(tmp_path):
-    for name in ['b.png', 'a/2.png', 'a/1.png']:
-        write_image(tmp_path / name)
+    make(tmp_path, 'b.png', 'a/2.png', 'a/1.png')
     assert relative(list_images(str(tmp_path)), tmp_path) == ['a/1.png', 'a/2.png', 'b.png']
 
 
@@ -81,7 +99,7 @@ def test_names_that_are_not_utf8(tmp_path):
     with open(path, 'wb') as file:
         file.write(cv2.imencode('.png', np.full((4, 4, 3), 7, np.uint8))[1].tobytes())
     images = list_images(str(tmp_path))
-    assert decoder.decode(images.files.read(0))[0, 0].tolist() == [7, 7, 7]
+    assert decoder.decode(images.files.read(0))[0][0, 0].tolist() == [7, 7, 7]
 
 
 def test_digest_sees_names_and_labels(tmp_path):
@@ -96,30 +114,9 @@ def test_digest_sees_names_and_labels(tmp_path):
     assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
-def make_flat_val(tmp_path, lines):
-    for name in ['train/a/1.png', 'train/b/1.png', 'val/x.png', 'val/y.png']:
-        write_image(tmp_path / name)
-    if lines is not None:
-        (tmp_path / 'val.txt').write_text(lines)
-
-
-@pytest.mark.parametrize('lines, message', [
-    (None, 'have no labels'),
-    ('x.png 0\n', 'val.txt has no label for y.png'),
-    ('x.png 0\ny.png cat\n', 'line 2 of .*val.txt: cat is neither a class'),
-    ('x.png 0\ny.png 2\n', 'line 2 of .*val.txt: 2 is neither a class .* number below 2'),
-    ('x.png 0\ny.png -1\n', 'line 2 .* -1'),
-    ('x.png 0\n\ny.png\n', 'line 3 of .*val.txt is not "name label": y.png'),
-])
-def test_errors_of_label_lists(tmp_path, lines, message):
-    make_flat_val(tmp_path, lines)
-    with pytest.raises(UserError, match=message):
-        list_images(str(tmp_path), 'val', labelled=True)
-
-
 @pytest.mark.parametrize('files, folders, split, labelled, message', [
     ([], [], 'train', False, 'there is no image'),
-    (['a.txt'], ['train'], 'train', False, 'there is no image .* in .*/train$'),
+    ([], ['train'], 'train', False, 'there is no image .* in .*/train$'),
     (['a.png'], [], 'train', True, 'there is no folder .*/train$'),
     (['train/a.png'], [], 'train', True, 'one folder a class'),
     (['train/a/1.png'], ['train/b'], 'train', True, 'no image in the class folder .*/train/b$'),
@@ -139,6 +136,336 @@ def test_errors_of_folders(tmp_path, files, folders, split, labelled, message):
 def test_missing_root(tmp_path):
     with pytest.raises(UserError, match='there is no folder .*/gone'):
         list_images(str(tmp_path / 'gone'))
+
+
+# --------------------------------------------------------------------- images, and what is left out
+
+FORMATS = ['JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF', 'PPM', 'GIF']
+NO_IMAGES = {'empty': b'', 'car': b'BMW 320 sells', 'page': b'<html>', 'paper': b'P5 paper',
+             'sound': b'RIFF\x24\0\0\0WAVEfmt ', 'x.csv': b'II,1\n', 'x.txt': b'GIF\n'}
+
+
+def test_images_without_an_extension_are_known_by_their_first_bytes(tmp_path):
+    for mode in ('RGB', 'L', '1'):
+        for kind in FORMATS if mode == 'RGB' else ['PPM']:
+            encoded = io.BytesIO()
+            # a BMP of this size has a line feed in its header
+            Image.new(mode, (1, 53)).save(encoded, kind)
+            (tmp_path / (kind + mode)).write_bytes(encoded.getvalue())
+    write_image(tmp_path / 'photo.jpg?w=300')
+    for name, content in NO_IMAGES.items():
+        (tmp_path / name).write_bytes(content)
+    images = list_images(str(tmp_path))
+    assert relative(images, tmp_path) == sorted(
+        [kind + 'RGB' for kind in FORMATS] + ['PPML', 'PPM1', 'photo.jpg?w=300'])
+    assert images.notes == [f'{tmp_path}: left out 7 files: 7 of no known image format (car, '
+                            'empty, page, ...)']
+    assert all(read_image(path) is not None for path in images.files)
+
+
+def test_images_with_an_extension_are_not_opened(tmp_path, monkeypatch):
+    names = sorted('x' + extension for extension in image_lists.EXTENSIONS + ('.JPG', '.Jfif'))
+    make(tmp_path, 'train/', 'val/', 'more/')
+    for name in names:
+        (tmp_path / 'train' / name).write_text('the decoder will say that this is none')
+        (tmp_path / 'more' / name).write_text('')
+    monkeypatch.setattr(image_files.io, 'FileIO', pytest.fail)
+    images = list_images(str(tmp_path))
+    assert relative(images, tmp_path / 'train') == names
+    assert images.notes == [f'{tmp_path}: only train/ is read; beside it are images in more/']
+
+
+def make_all_kinds(root):
+    make(root, 'a/1.png', 'b/2.png', 'a/deep/no.txt', 'b/._2.png', 'b/.DS_Store.txt', '.hid/3.png',
+         'loose.png', 'val.txt', '@eaDir/b/thumb.jpg', 'lost+found/', 'a/@eaDir/x.txt')
+    for name in ('a/gone', 'a/gone.png'):
+        (root / name).symlink_to(root / 'nowhere')
+    os.mkfifo(str(root / 'b/pipe.png'))
+    (root / 'b/linked').symlink_to(root / 'b/pipe.png')
+    (root / 'b/up').symlink_to(root)
+
+
+LEFT_OUT = ('1 of the system (@eaDir), 1 of no known image format (a/deep/no.txt), 1 linked to '
+            'nowhere (a/gone), 1 hidden (b/._2.png), 2 neither file nor folder (b/linked, '
+            'b/pipe.png)')
+
+
+def test_notes_name_what_is_left_out(tmp_path):
+    make_all_kinds(tmp_path / 'train')
+    images = list_images(str(tmp_path))
+    assert relative(images, tmp_path / 'train') == ['a/1.png', 'a/gone.png', 'b/2.png', 'loose.png']
+    assert images.notes == [f'{tmp_path}/train: left out 6 files: {LEFT_OUT}']
+
+    images = list_images(str(tmp_path), 'train', labelled=True)
+    assert relative(images, tmp_path / 'train') == ['a/1.png', 'a/gone.png', 'b/2.png']
+    assert images.classes == ['a', 'b']
+    assert images.notes == [f'{tmp_path}/train: left out 7 files: {LEFT_OUT}, '
+                            '1 in no class folder (loose.png)']
+
+
+def test_a_file_that_cannot_be_opened_is_noted(tmp_path, monkeypatch):
+    make(tmp_path, '1.png', 'x.txt')
+    monkeypatch.setattr(image_files.io, 'FileIO', lambda path: os.stat('/nowhere'))
+    assert list_images(str(tmp_path)).notes == [
+        f'{tmp_path}: left out 1 file: 1 that cannot be read (x.txt)']
+
+
+def test_errors_name_what_is_left_out(tmp_path):
+    make(tmp_path, 'train/a/x.txt', 'train/b/1.png')
+    for labelled, message in ((True, 'no image in the class folder .*/train/a; .*/train: left out'),
+                              (False, r'no image .* in .*/a; .*/a: left out 1 file: .*\(x.txt')):
+        with pytest.raises(UserError, match=message):
+            list_images(str(tmp_path if labelled else tmp_path / 'train/a'), 'train', labelled)
+
+
+@pytest.mark.parametrize('quiet', [False, True])
+def test_the_data_server_prints_notes(tmp_path, quiet):
+    make(tmp_path, 'root/1.png', 'root/x.txt')
+    server = subprocess.Popen(
+        [sys.executable, os.path.join(os.path.dirname(image_lists.__file__), 'serve-data.py'),
+         '--task', 'moco-v2', '--data', str(tmp_path / 'root'), '--address', str(tmp_path / 'at'),
+         '--workers', '1'] + ['--quiet'] * quiet, stderr=subprocess.PIPE, universal_newlines=True)
+    try:
+        deadline = time.time() + 30
+        while not (tmp_path / 'at/rank0-worker0').exists() and time.time() < deadline:
+            assert server.poll() is None
+            time.sleep(0.05)
+        server.send_signal(signal.SIGTERM)
+        lines = server.communicate(timeout=30)[1].splitlines()
+    finally:
+        server.kill()
+        server.wait()
+    note = f'serve-data: {tmp_path}/root: left out 1 file: 1 of no known image format (x.txt)'
+    assert lines[:-1] == ([] if quiet else [note])
+
+
+# ---------------------------------------------------------------------- what lies beside root/train
+
+@pytest.mark.parametrize('names, note', [
+    ([], None),
+    (['val/a/1.png', 'README.txt', 'docs/x.txt', '.git/1.png', '@eaDir/1.png', 'empty/'], None),
+    (['Test_1/', 'more/deep/1.png', 'extra/IMG'], 'images in extra/, more/'),
+    (['val.txt', 'b.png', 'IMG'], 'loose images: IMG, b.png'),
+    (['devkit/', 'more/1.png', '1.png'], 'images in more/, and loose images: 1.png'),
+    (['val/'] + [f'{i}/1.png' for i in range(8)], 'images in 0/, 1/, 2/, 3/, 4/, 5/ and 2 more'),
+])
+def test_train_is_read_alone(tmp_path, names, note):
+    make(tmp_path, 'train/1.png', *names)
+    images = list_images(str(tmp_path))
+    assert relative(images, tmp_path) == ['train/1.png']
+    assert images.notes == (
+        [f'{tmp_path}: only train/ is read; beside it are {note}'] if note else [])
+
+
+@pytest.mark.parametrize('names', [['bus/1.png', 'boat/IMG', 'docs/x.txt'],
+                                   ['bus/1.png', 'boat/deep/er/1.png', '1.png', 'evil.txt']])
+def test_train_may_be_a_class(tmp_path, names):
+    make(tmp_path, 'train/1.png', *names)
+    with pytest.raises(UserError) as error:
+        list_images(str(tmp_path))
+    assert str(error.value) == (
+        f'{tmp_path}: is train/ the training images, or a class beside boat/, bus/? Give '
+        f'{tmp_path}/train to read it alone; to read all, name it differently')
+    assert len(list_images(str(tmp_path / 'train')).files) == 1
+
+    # nobody asks where labels say it
+    make(tmp_path, 'train/a/1.png')
+    assert list_images(str(tmp_path), 'train', labelled=True).notes == [
+        f'{tmp_path}/train: left out 1 file: 1 in no class folder (1.png)']
+
+
+def test_the_look_beside_train_is_bounded(tmp_path, monkeypatch):
+    make(tmp_path, 'train/1.png', *[f'annotations/{i % 9}/{i}.txt' for i in range(1200)])
+    looked = []
+    monkeypatch.setattr(image_files, 'why_no_image', lambda path: looked.append(path) or 'none')
+    assert len(list_images(str(tmp_path)).files) == 1
+    assert 900 < len(looked) <= 1000
+
+
+def test_a_root_that_cannot_be_read_may_have_a_train_that_can(tmp_path, monkeypatch):
+    make(tmp_path, 'train/1.png', 'more/1.png')
+    monkeypatch.setattr(image_lists.os, 'access', lambda path, mode: False)
+    assert len(list_images(str(tmp_path)).files) == 1
+
+
+# ----------------------------------------------------------------------------------- system folders
+
+def test_folders_that_cannot_be_entered(tmp_path, monkeypatch):
+    """As root may enter all: a scandir() that refuses."""
+    make(tmp_path, 'a/1.png', 'lost+found/1.png', '$RECYCLE.BIN/deep/1.png', 'a/private/1.png',
+         '__MACOSX/a/._1.png', '#recycle/x.txt')
+    scan, refused = os.scandir, {'lost+found'}
+
+    def scandir(path):
+        if os.path.basename(path) in refused:
+            raise PermissionError(13, 'Permission denied', path)
+        return scan(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    images = list_images(str(tmp_path))
+    assert relative(images, tmp_path) == ['a/1.png', 'a/private/1.png']
+    assert images.notes == [f'{tmp_path}: left out 1 file: 1 of the system ($RECYCLE.BIN)']
+
+    refused.add('private')
+    with pytest.raises(UserError, match='^cannot read the folder .*/private: Permission denied$'):
+        list_images(str(tmp_path))
+
+
+@pytest.mark.parametrize('name', sorted(image_files.SYSTEM_FOLDERS) + ['.ipynb_checkpoints'])
+def test_system_folders_are_no_classes(tmp_path, name):
+    make(tmp_path, 'train/a/1.png', f'train/{name}/x.txt', 'val/a/1.png', f'val/{name}/1.png')
+    for split in ('train', 'val'):
+        images = list_images(str(tmp_path), split, labelled=True)
+        assert images.classes == ['a'] and len(images.files) == 1
+        assert bool(images.notes) == (split == 'val' and name[0] != '.')
+
+
+# ----------------------------------------------------------------------------------- dangling links
+
+@pytest.mark.parametrize('link, split, labelled', [
+    ('train/b', 'train', False), ('train/b', 'train', True), ('train/b', 'val', True),
+    ('val/b', 'val', False), ('val/b', 'val', True), ('val/flat', 'val', True),
+    ('train', 'train', False), ('train', 'train', True), ('val', 'val', True),
+])
+def test_a_folder_behind_a_dangling_link_is_missed(tmp_path, link, split, labelled):
+    make(tmp_path, *[name for name in ('train/a/1.png', 'val/a/1.png', 'other/1.png')
+                     if not name.startswith(link + '/')])
+    (tmp_path / link).symlink_to('/nowhere')
+    with pytest.raises(UserError) as error:
+        list_images(str(tmp_path), split, labelled)
+    assert str(error.value) == (f'the link {tmp_path}/{link} leads to /nowhere, where no folder '
+                                'can be read')
+
+
+def test_dangling_links_of_images_stay_listed(tmp_path):
+    make(tmp_path, 'a/1.png')
+    (tmp_path / '0.png').symlink_to('/nowhere')
+    images = list_images(str(tmp_path))
+    assert relative(images, tmp_path) == ['0.png', 'a/1.png'] and images.notes == []
+
+
+# -------------------------------------------------------------------------------------- label lists
+
+CLASSES, BOXES = ['cat', 'dog', 'n03'], '85 1 499 272'
+LISTS_OF_LABELS = {
+    'numbers': ('val.txt', 'x.JPEG 2\ny z.JPEG 0\n'),
+    'names': ('val.txt', 'x.JPEG n03\ny z.JPEG cat\n'),
+    'of Windows': ('val.txt', '\ufeffx.JPEG n03\r\ny z.JPEG 0\r\n'),
+    'tabs': ('val.txt', 'x.JPEG\tn03\ny z.JPEG\tcat\n\n'),
+    'commas': ('val.csv', 'x.JPEG,n03\ny z.JPEG, cat\n'),
+    'semicolons': ('val.csv', 'x.JPEG;n03\ny z.JPEG;cat\n'),
+    'quotes': ('val.csv', '"x.JPEG","n03"\n"y z.JPEG", "cat"\n'),
+    'header': ('val.csv', '\nfilename,label\nx.JPEG,n03\ny z.JPEG,cat\n'),
+    'header, boxes': ('val.csv', f'file;class;x;y;X;Y\nx.JPEG;n03;1;2;3;4\ny z.JPEG;cat;1;2;3;4\n'),
+    'commas in a text': ('val.txt', 'x.JPEG,n03\ny z.JPEG,cat\n'),
+    'no extensions': ('val.txt', 'x n03\ny z cat\n'),
+    'folders': ('val.txt', './x.JPEG n03\nval/y z.JPEG cat\n'),
+    'absolute': ('val.txt', '/data/val/x.JPEG n03\n/a/val/images/y z.JPEG cat\n'),
+    'twice the same': ('val.txt', 'x.JPEG n03\nx.JPEG 2\ny z.JPEG cat\n'),
+    'Tiny-ImageNet': ('val_annotations.txt', 'x.JPEG\tn03\t0\t32\t44\t62\n'
+                                             'y z.JPEG\tcat\t0\t0\t1\t2\n'),
+    'ImageNet': ('LOC_val_solution.csv', f'ImageId,PredictionString\nx,n03 {BOXES} n03 1 2 3 4 \n'
+                                         f'y z,cat {BOXES}\n'),
+}
+
+
+@pytest.mark.parametrize('kind', sorted(LISTS_OF_LABELS))
+def test_lists_of_labels(tmp_path, kind):
+    name, lines = LISTS_OF_LABELS[kind]
+    for place in ('flat/val', 'flat', 'nested/val', 'nested'):  # nested is Tiny-ImageNet's val
+        root = tmp_path / place.replace('/', '_')
+        make(root, *[f'train/{name}/1.png' for name in CLASSES])
+        images = ['x.JPEG', 'y z.JPEG']
+        if 'nested' in place:
+            images = ['images/' + image for image in images]
+        make(root, *['val/' + image for image in images])
+        (root / ('val' if 'val' in place else '') / name).write_bytes(lines.encode())
+        val = list_images(str(root), 'val', labelled=True)
+        assert relative(val, root / 'val') == images and val.classes == CLASSES
+        assert val.labels.tolist() == [2, 0] and val.labels.dtype == np.int32
+        assert val.notes == []
+        assert list_images(str(root), 'val').notes == []
+
+
+def test_labels_of_another_split(tmp_path):
+    make_flat_val(tmp_path, 'train/x.png 0\nval/x.png b\ntrain/x.png 0\nval/y.png a\ny.png 0\n')
+    val = list_images(str(tmp_path), 'val', labelled=True)
+    assert val.labels.tolist() == [1, 0] and val.notes == []
+
+
+def test_labels_by_the_last_part_of_a_name_if_one_image_has_it():
+    find = labels._finder(['images/a/1.png', 'images/b/1.png', 'images/2.png', 'images/2.png.jpg'])
+    for name in ('images/b/1.png', '/d/val/images/b/1.png', 'images/b/1'):
+        assert find(name) == (1, True)
+    assert find('1.png') is None and find('1') is None
+    assert find('2.png') == (2, False) and find('2.png.jpg') == (3, False)
+    assert find('2') == (2, False) and find('3.png') is None
+
+
+def test_class_folders_precede_a_list_unless_images_are_flat(tmp_path):
+    make_flat_val(tmp_path, 'x.png 1\ny.png 0\n')
+    make(tmp_path, 'val/a/1.png', 'val/b/1.png')
+    val = list_images(str(tmp_path), 'val', labelled=True)
+    assert relative(val, tmp_path) == ['val/x.png', 'val/y.png'] and val.labels.tolist() == [1, 0]
+    assert val.notes == [f'{tmp_path}/val: left out 2 files: 2 in folders beside flat images '
+                         '(a/1.png, b/1.png)']
+    for name in ('x.png', 'y.png'):
+        (tmp_path / 'val' / name).unlink()
+    val = list_images(str(tmp_path), 'val', labelled=True)
+    assert relative(val, tmp_path) == ['val/a/1.png', 'val/b/1.png']
+    assert val.labels.tolist() == [0, 1] and val.notes == []
+
+    # the only folder is Tiny-ImageNet's, unless it is a class
+    shutil.rmtree(str(tmp_path / 'val/b'))
+    (tmp_path / 'val.txt').write_text('1.png 1\n')
+    for name, label in (('a', 0), ('c', 1)):
+        (tmp_path / 'val/a').rename(tmp_path / 'val' / name)
+        assert list_images(str(tmp_path), 'val', labelled=True).labels.tolist() == [label]
+
+
+def test_many_labels_without_an_image_are_noted(tmp_path):
+    lines = 'name label\nx.png 0\ny.png 1\n' + ''.join(f'{i}.png lion\n' for i in range(5))
+    make_flat_val(tmp_path, lines)
+    assert list_images(str(tmp_path), 'val', labelled=True).notes == []
+    (tmp_path / 'val.txt').write_text(lines + 'z.png 0\n')
+    assert list_images(str(tmp_path), 'val', labelled=True).notes == [
+        f'{tmp_path}/val.txt has 6 labels for images that are not there']
+
+
+def make_flat_val(tmp_path, lines):
+    for name in ['train/a/1.png', 'train/b/1.png', 'val/x.png', 'val/y.png']:
+        write_image(tmp_path / name)
+    if lines is not None:
+        (tmp_path / 'val.txt').write_text(lines)
+
+
+@pytest.mark.parametrize('lines, message', [
+    (None, 'have no labels'),
+    ('x.png 0\n', 'val.txt has no label for 1 of 2 images: y.png$'),
+    ('x.png 0\ny.png cat\n', 'line 2 of .*val.txt: cat is neither a class'),
+    ('x.png 0\ny.png 2\n', 'line 2 of .*val.txt: 2 is neither a class .* number below 2'),
+    ('x.png 0\ny.png -1\n', 'line 2 .* -1'),
+    ('x.png 0\n\ny.png\n', 'line 3 of .*val.txt is not "name label": y.png'),
+    ('x.png 0\ny.png 1\n' + 99 * 'z', 'line 3 of .*val.txt is not "name label": z{80}$'),
+    ('x.png\t0\t1\t2\n', 'line 1 .*val.txt is not "name label": x.png\t0\t1\t2$'),
+    ('x.png,a\ny.png,b,train\n', 'line 2 .*val.txt is not "name label": y.png,b,train$'),
+    ('x.png,a\n"y\0,b\n', 'line 2 .*val.txt is not "name label": "y\0,b$'),
+    ('x.png,a 1 2 3 4 b 1 2 3 4\n', 'line 1 .*: a 1 2 3 4 b 1 2 3 4 is neither a class'),
+    ('name label\nx.png 0\nother label\n', 'no label for 1 of 2 images: y.png$'),
+    ('x.png 1\ny.png 2\n', "val.txt are numbers from 1 to 2, as of ImageNet's devkit, in an order"),
+    ('x.png 0\ny.png 0\nval/x.png b\n', 'lines 1 and 3 of .*val.txt give x.png different labels$'),
+    ('\ufeffz.png 0\n', 'val.txt has no label for 2 of 2 images: x.png, y.png$'),
+])
+def test_errors_of_label_lists(tmp_path, lines, message):
+    make_flat_val(tmp_path, lines)
+    with pytest.raises(UserError, match=message):
+        list_images(str(tmp_path), 'val', labelled=True)
+
+
+def test_long_lists_of_names_are_cut(tmp_path):
+    make_flat_val(tmp_path, 'x.png 0\ny.png 0\n')
+    make(tmp_path, *[f'val/{i}.png' for i in range(8)])
+    with pytest.raises(UserError, match='8 of 10 images: 0.png, .*, 5.png and 2 more$'):
+        list_images(str(tmp_path), 'val', labelled=True)
 
 
 # --------------------------------------------------------------------------------- lists from cache
@@ -179,6 +506,16 @@ def test_an_unchanged_folder_is_listed_once(listed):
     assert listed(labelled=True) == (names, [0, 0, 1, 1, 2], True)
 
 
+def test_kept_lists_keep_notes(listed, tmp_path):
+    make(tmp_path / 'root/train', 'a/x.txt', '1.png')
+    note = f'{tmp_path}/root/train: left out 1 file: 1 of no known image format (a/x.txt)'
+    for labelled, holds in ((False, False), (False, True), (True, True), (True, True)):
+        assert listed(labelled)[2] == holds
+        notes = list_images(str(tmp_path / 'root'), 'train', labelled).notes
+        assert notes == [note if not labelled else note.replace('1 file', '2 files') +
+                         ', 1 in no class folder (1.png)']
+
+
 def set_back(path):
     """Let a folder look as old as before, as far as a program can."""
     status = path.stat()
@@ -193,7 +530,7 @@ def rename_and_set_back(root):
 
 def replace_folder(root):
     times = [set_back(root), set_back(root / 'b')]
-    (root / 'b').rename(root.parent / 'b')
+    (root / 'b').rename(root.parent.parent / 'b')
     write_image(root / 'b/7.png')
     for again in times:
         again()
@@ -226,7 +563,7 @@ CHANGES = {
     'what a link leads to is replaced': replace_target,
     'a link goes': lambda root: (root / 'c').unlink(),
     'the folder is replaced': lambda root: (
-        root.rename(root.parent / 'old'), write_image(root / 'a/0.png')),
+        root.rename(root.parent.parent / 'old'), write_image(root / 'a/0.png')),
 }
 
 
@@ -249,11 +586,11 @@ def test_lists_that_may_not_hold_are_not_kept(listed, tmp_path, monkeypatch):
 
     # with a link to nowhere, where a folder may be later; unless its name is an image's
     monkeypatch.setattr(image_lists, 'SETTLED', -60)
-    link = tmp_path / 'root/train/d'
+    link = tmp_path / 'root/train/a/d'
     link.symlink_to(tmp_path / 'nowhere')
     listed()
     assert not listed()[2]
-    link.rename(tmp_path / 'root/train/d.png')
+    link.rename(tmp_path / 'root/train/a/d.png')
     listed()
     assert listed()[2]
     link.with_name('d.png').unlink()

@@ -1,0 +1,93 @@
+"""Which files in a folder are images, and why the others are not."""
+import collections
+import contextlib
+import io
+import itertools
+import os
+import re
+from typing import Dict, List, Optional, Tuple
+
+from errors import UserError
+
+# What the decoder reads. A file with such a name is an image without a look into it: ImageNet has
+# 1.28 million, maybe on a network disk. Any other file is one if it starts as one.
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
+              '.pnm', '.pxm', '.gif', '.jpe', '.jfif', '.pjpeg', '.pjp', '.dib')
+SIGNATURES = re.compile(  # BMP and PNM: with more of their headers, as texts may start so, too
+    rb'\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|II\*\0|MM\0\*|BM.{4}\0{4}|'
+    rb'P[1-6]\s+[\d#]', re.DOTALL)
+
+# made by systems, storage and programs; never entered, never a class
+SYSTEM_FOLDERS = {'lost+found', '@eaDir', '#recycle', '#snapshot', '$RECYCLE.BIN', '__MACOSX',
+                  'System Volume Information', '__pycache__'}
+
+# Kinds of names in a folder that are no files. All but the first are reasons to leave something
+# out, as notes give them.
+FOLDER, HIDDEN, DANGLING, SYSTEM = 'folder', 'hidden', 'linked to nowhere', 'of the system'
+
+
+def read_folder(folder: str) -> Tuple[List[str], Dict[str, str]]:
+    """The sorted names in a folder, and the kinds of those that are no files. A hidden name is only
+    there if it has an image's extension."""
+    names, kinds = [], {}
+    if not os.path.isdir(folder):
+        raise (lost_link(folder) if os.path.islink(folder) else
+               UserError(f'there is no folder {folder}'))
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name, kind = entry.name, _kind(entry)
+                if kind is not None:
+                    if kind == HIDDEN and not name.lower().endswith(EXTENSIONS):
+                        continue
+                    kinds[name] = kind
+                names.append(name)
+    except OSError as error:
+        raise UserError(f'cannot read the folder {folder}: {error.strerror}')
+    return sorted(names), kinds
+
+
+def _kind(entry):
+    """None for a file."""
+    if entry.name.startswith('.'):
+        return HIDDEN
+    try:
+        if entry.is_dir():
+            return SYSTEM if entry.name in SYSTEM_FOLDERS else FOLDER
+        if entry.is_file():  # of a link, both need one os.stat()
+            return None
+    except OSError:  # a link to itself, say
+        pass
+    if os.path.exists(entry.path):
+        return 'neither file nor folder'  # reading a pipe or a device may block for ever
+    # an image's name stays in the list, so that it is reported when it cannot be read
+    return None if entry.name.lower().endswith(EXTENSIONS) else DANGLING
+
+
+def why_no_image(path: str) -> Optional[str]:
+    """The reason to leave out a file; None if it is an image by its name, or else by its start."""
+    if path.lower().endswith(EXTENSIONS):
+        return None
+    try:
+        with io.FileIO(path) as file:
+            return None if SIGNATURES.match(file.read(32)) else 'of no known image format'
+    except OSError:
+        return 'that cannot be read'
+
+
+def holds_image(folder: str) -> bool:
+    """Whether an image is among the first 1000 names below a folder; not if it cannot be read."""
+    folders, left = collections.deque([folder]), 1000
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.popleft()) as entries:
+            for entry in itertools.islice(entries, left):
+                left, kind = left - 1, _kind(entry)
+                if kind == FOLDER:
+                    folders.append(entry.path)
+                elif kind is None and not why_no_image(entry.path):
+                    return True
+    return False
+
+
+def lost_link(path: str) -> UserError:
+    return UserError(f'the link {path} leads to {os.readlink(path)}, where no folder can be read')
