@@ -13,10 +13,10 @@ import zmq
 import data
 import decoder
 import zmq_ops
+from job import signals
 
 # memory is bounded: the batch that a worker makes and those that its trainer has not read yet
 BATCHES_PER_WORKER = 4
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run_worker(args, images, rank: int, number: int, count: int, report) -> None:
@@ -47,6 +47,11 @@ def socket_path(address: str, rank: int, number: int) -> str:
     return os.path.join(address, f'rank{rank}-worker{number}')
 
 
+def say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(line, file=sys.stderr, flush=True)
+
+
 class Workers:
     """All workers of a server, which has these `args`, and which `end` ends: with an exit code and
     an error for the trainers."""
@@ -56,7 +61,7 @@ class Workers:
         self.per_rank = data.workers_per_rank(args.workers, len(args.ranks))
         self.names = [(rank, i) for rank in args.ranks for i in range(self.per_rank)]
         self.processes = {}  # connection, for read_report(): ((rank, number), process)
-        self._unreadable = set()
+        self._unreadable, self._warned = {}, set()  # index: reason; indices
 
     def start(self, images, remove_folder: Callable[[], None]) -> None:
         """Fork them; a worker whose server is gone calls remove_folder."""
@@ -72,7 +77,7 @@ class Workers:
 
     def _work(self, name, alive, report, remove_folder):
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in signals.SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # they go to all: the server decides
         # what is the server's must end with the server
         for descriptor in map(int, os.listdir('/proc/self/fd')):
@@ -86,41 +91,61 @@ class Workers:
             os._exit(1)
         threading.Thread(target=wait_for_end, daemon=True).start()
         try:
-            run_worker(self._args, self._images, *name, self.per_rank, report.send)
+            run_worker(self._args, self._images, *name, self.per_rank,
+                       lambda *image: report.send(image))
         except Exception as error:
             report.send(f'{type(error).__name__}: {error}'[:500])
             raise
 
     def read_report(self, connection) -> None:
-        """The index of an unreadable image, or why a worker has failed, or the end of one."""
+        """What decoder.ImageReader reports, or why a worker has failed, or the end of one."""
         (rank, number), process = self.processes[connection]
         try:
             report = connection.recv()
         except (EOFError, OSError):
             report = None
-        if isinstance(report, int):
-            self._count_unreadable(report)
+        if isinstance(report, tuple):
+            self._count(*report)
         else:
             process.join()
             reason = (f'was killed by signal {-process.exitcode}' if process.exitcode < 0 else
                       f'failed: {report or "exit code " + str(process.exitcode)}')
             self._end(1, f'data worker {number} of rank {rank} (pid {process.pid}) {reason}')
 
-    def _count_unreadable(self, index):
-        """Log an unreadable image once; one is forgiven, more only if they are below 1 %."""
-        if index in self._unreadable:
+    def _count(self, index, text, unreadable):
+        """Log an image once, though many workers report it. One that is unreadable is forgiven,
+        more only if they are below 1 %."""
+        seen, path = self._unreadable if unreadable else self._warned, self._images.files[index]
+        if index in seen:
             return
-        self._unreadable.add(index)
-        files, count, args = self._images.files, len(self._unreadable), self._args
-        if not args.quiet:
-            print(f'serve-data: cannot read {files[index]} (number {count}); the next image takes '
-                  'its place', file=sys.stderr, flush=True)
+        if not unreadable:
+            seen.add(index)
+            self._log(len(seen), f'{path}: {text}', 'the image is used', 'have such warnings')
+            return
+        seen[index] = text
+        self._log(len(seen), f'cannot read {path}: {text}', 'the next image takes its place',
+                  'cannot be read')
+        files, count, args = self._images.files, len(seen), self._args
         # of a bounded pass, this host reads its share of the images; else, sooner or later, all
         share = len(args.ranks) / args.size if data.TASKS[args.task].bounded else 1
         images = round(share * len(files))
         if count >= 2 and count > images / 100:
-            names = ', '.join(files[i] for i in sorted(self._unreadable)[:10])
-            self._end(1, f'{count} of {images} images, more than 1 %, cannot be read: {names}')
+            names = [f'{files[i]}: {reason}' for i, reason in sorted(seen.items())[:6]]
+            more = [f'and {count - 6} more'] if count > 6 else []
+            self._end(1, f'{count} of {images} images, more than 1 %, cannot be read: '
+                         + '; '.join(names + more))
+
+    def _log(self, count, image, consequence, all_images):
+        """The first ten of a kind, and then their number at 20, 40, 80 ..."""
+        if self._args.quiet:
+            return
+        if count <= 10:
+            line = f'serve-data: {image} (number {count}); {consequence}'
+        elif count % 10 == 0 and count // 10 & count // 10 - 1 == 0:
+            line = f'serve-data: {count} images so far {all_images}'
+        else:
+            return
+        say(line)
 
     def kill(self) -> None:
         """End all that are left; they have nothing to lose."""

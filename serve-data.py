@@ -42,9 +42,9 @@ import threading
 import data
 import image_lists
 import views
-from data_worker import SIGNALS, Workers, socket_path
+from data_worker import Workers, say, socket_path
 from errors import UserError
-from job import cores
+from job import cores, signals
 
 LINGER = 10  # seconds that an ended server waits for trainers that have not yet heard why
 MAX_SOCKET_PATH = 107  # bytes: sockaddr_un has 108 with the final zero
@@ -74,7 +74,8 @@ def parse_args(argv=None):
     add('--start-batch', type=int, default=0, help='number of the first batch, to resume')
     add('--lifeline', type=int, metavar='FD',
         help='read end of a pipe; the server ends when its write end is closed')
-    add('--quiet', action='store_true', help='do not name unreadable images: an earlier pass has')
+    add('--quiet', action='store_true',
+        help='do not name unreadable images, nor what is left out: an earlier pass has')
     add('--benchmark', action='store_true',
         help='measure for 10 seconds how many images per second it serves')
     args = parser.parse_args(argv)
@@ -129,6 +130,8 @@ class Server:
             control = await self._open()
             images = await self._list_images()
             if images is not None:
+                for note in [] if self._args.quiet else images.notes:
+                    say(f'serve-data: {note}')
                 self._workers.start(images, self._remove_folder)
                 for connection in self._workers.processes:
                     self._loop.add_reader(connection, self._workers.read_report, connection)
@@ -144,7 +147,7 @@ class Server:
                 self._loop.remove_reader(connection)
             self._workers.kill()
         if error:
-            print('serve-data: error: ' + error, file=sys.stderr, flush=True)
+            say('serve-data: error: ' + error)
             self._send({'error': error})
         if control is not None:
             if code == 1:
@@ -158,10 +161,10 @@ class Server:
             self._stop.set_result((code, error))
 
     def _watch(self, lifeline):
-        for number in SIGNALS:
+        for number in signals.SIGNALS:
             if lifeline is not None:
                 signal.signal(number, signal.SIG_IGN)
-            else:
+            elif not signals.ignored(number):
                 why = f'the data server was ended by {signal.Signals(number).name}'
                 self._loop.add_signal_handler(number, self._end, 128 + number, why)
 

@@ -63,7 +63,7 @@ class Ours:
         self._view = {'v1': views.moco_v1_view, 'v2': views.moco_v2_view}[recipe]
         self._rng = random.Random(0)
         self._views = np.empty((2, SIZE, SIZE, 3), np.uint8)
-        self._read = clock.time('decode', lambda files, index: decoder.decode(files.read(index)))
+        self._read = clock.time('decode', lambda files, index: decoder.decode(files.read(index))[0])
         self._timed = {name: clock.time(stage, getattr(views, name))
                        for stage, names in STAGES.items() for name in names}
 
@@ -168,7 +168,11 @@ def main(args):
     # images of all classes; reading them once puts the files in memory
     count = min(args.images, len(files))
     indices = [i * len(files) // count for i in range(count)]
-    reader = decoder.ImageReader(images, lambda index: sys.exit(f'cannot read {files[index]}'))
+
+    def report(index, text, unreadable):
+        if unreadable:
+            sys.exit(f'cannot read {files[index]}: {text}')
+    reader = decoder.ImageReader(images, report)
     pixels = np.mean([reader.read(index)[1].size / 3 for index in indices])
     print(f'{count} images of {pixels / 1000:.0f} x 1000 pixels on average, '
           f'OpenCV {cv2.__version__}, NumPy {np.__version__}')

@@ -115,7 +115,7 @@ class Server:
 def time_decoding(images, seconds=2):
     """Seconds to read and decode one image, in this process, of images all over the list."""
     decoder.set_up_process()
-    reader = decoder.ImageReader(images, report=lambda index: None)  # the server has named it
+    reader = decoder.ImageReader(images, report=lambda *_: None)  # the server has named it
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         # a stride without a common factor with most lengths, to visit all classes

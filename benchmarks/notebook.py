@@ -67,8 +67,9 @@ def notebook_view(image, out, rng, area):
 
 def generate(images, first_step, seed):
     """Yield the batches of the steps from first_step on: [query, key]."""
-    def report(index):
-        sys.exit(f'cannot read {images.files[index]}')
+    def report(index, text, unreadable):
+        if unreadable:
+            sys.exit(f'cannot read {images.files[index]}: {text}')
 
     task = data.Task(notebook_view, 2, False, (0.08, 1), False)
     batches = data.Batches(task, ImageReader(images, report), 0, 1, BATCH, SIZE, seed)

@@ -25,7 +25,7 @@ def read_image(path):
     """What a data worker reads from a file: uint8 BGR [height, width, 3], or None."""
     folder, name = os.path.split(path)
     files = image_lists.FileList(folder, *image_lists.pack_names([name]))
-    reader = decoder.ImageReader(image_lists.ImageList(files, None, None), lambda index: None)
+    reader = decoder.ImageReader(image_lists.ImageList(files, None, None), lambda *report: None)
     try:
         return reader.read(0)[1]
     except UserError:

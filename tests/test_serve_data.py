@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 import cv2
 import numpy as np
@@ -23,6 +24,7 @@ import decoder
 import zmq_ops
 from image_lists import digest_images, list_images
 from images import PHOTO
+from job import signals
 from processes import is_alive, list_processes, read_status, wait_until
 
 SERVER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'serve-data.py')
@@ -254,8 +256,51 @@ def test_an_unreadable_image_is_replaced_and_reported_once(folder, start):
         expected = [10 * i for i in range(13) if i != 3] + [40]
         assert sorted(images[:, 0, 0, 0].tolist()) == sorted(expected)
     server.drop_lifeline()
+    assert server.wait() == (0, 'serve-data: cannot read {}: is empty (number 1); the next image '
+                             'takes its place\n'.format(bad))
+
+
+def add_bad_profile(path):
+    """Make libpng warn of a PNG."""
+    with open(path, 'rb') as file:
+        png = file.read()
+    chunk = b'iCCP' + b'x\0\0' + zlib.compress(bytes(200))
+    with open(path, 'wb') as file:
+        file.write(png[:33] + struct.pack('>L', len(chunk) - 4) + chunk
+                   + struct.pack('>L', zlib.crc32(chunk)) + png[33:])
+
+
+@pytest.mark.parametrize('quiet', [False, True])
+def test_warnings_of_libraries_do_not_flood_the_log(folder, start, quiet):
+    first = os.path.join(folder, 'train/a/00.png')
+    add_bad_profile(first)
+    for i in range(13, 72):
+        os.link(first, os.path.join(folder, 'train/b/{}.png'.format(i)))
+    server = start('--data', folder, '--task', 'linear', '--batch', 72, '--image-size', 8,
+                   '--workers', 2, *['--quiet'] * quiet)
+    server.hello()
+    for images, _ in server.pull_stream(0, 2, 6):
+        assert (images[:, 0, 0, 0] == 0).sum() == 60
+    server.drop_lifeline()
     code, errors = server.wait()
-    assert errors.count(bad) == 1
+    lines = errors.splitlines()
+    assert code == 0 and len(lines) == (0 if quiet else 12)
+    for count, line in enumerate(lines[:10], 1):
+        assert re.match('serve-data: {}/train/[ab]/[0-9]*.png: libpng warning: iCCP: .* '
+                        '\\(number {}\\); the image is used$'.format(folder, count), line)
+    assert lines[10:] == [] if quiet else ['serve-data: 20 images so far have such warnings',
+                                           'serve-data: 40 images so far have such warnings']
+
+
+def test_trainers_hear_of_unreadable_images_though_stderr_is_closed(folder, start):
+    for name in ('a/03.png', 'b/12.png'):
+        open(os.path.join(folder, 'train', name), 'w').close()
+    server = start('--data', folder, '--task', 'moco-v2', '--batch', 13, '--workers', 1)
+    server.process.stderr.close()
+    server.process.stderr = None
+    lines = server.connect()
+    lines.readline()
+    assert json.loads(lines.readline())['error'].startswith('2 of 13 images, more than 1 %')
 
 
 def test_too_many_unreadable_images_end_the_server(folder, start):
@@ -266,7 +311,8 @@ def test_too_many_unreadable_images_end_the_server(folder, start):
     lines = server.connect()
     lines.readline()
     error = json.loads(lines.readline())['error']
-    assert error == '2 of 13 images, more than 1 %, cannot be read: {}, {}'.format(*bad)
+    assert error == ('2 of 13 images, more than 1 %, cannot be read: {}: is empty; {}: is empty'
+                     .format(*bad))
     code, errors = server.wait()
     assert code == 1 and errors.splitlines()[-1] == 'serve-data: error: ' + error
 
@@ -298,6 +344,15 @@ def bad_folder(tmp_path):
     return str(tmp_path / 'root'), sorted(str(folder / name) for name in [*bad, 'link.jpg'])
 
 
+# of those in bad_folder and 200.png
+REASONS = ['is empty', 'is text, not an image',
+           'is a GIF that cannot be decoded: its header is damaged',
+           'is a JPEG that was cut off', 'is a BMP that cannot be decoded: image file is truncated '
+           '(39 bytes not processed)', 'is empty', 'is a JPEG that cannot be decoded: Image size '
+           '(900000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS '
+           'attack.', 'No such file or directory']
+
+
 def test_one_percent_of_unreadable_images_is_replaced(bad_folder, start):
     folder, bad = bad_folder
     server = start('--data', folder, '--task', 'linear', '--batch', 700, '--image-size', 8,
@@ -314,8 +369,10 @@ def test_one_percent_of_unreadable_images_is_replaced(bad_folder, start):
     server.drop_lifeline()
     code, errors = server.wait()
     assert code == 0 and [errors.count(path) for path in bad] == [1] * 7
+    for path, reason in zip(bad, REASONS[:5] + REASONS[6:]):
+        assert 'serve-data: cannot read {}: {} (number '.format(path, reason) in errors
     said = [line for line in errors.splitlines() if line.startswith('serve-data: ')]
-    assert len(said) == 7 and '(number 7)' in said[6] and 'OpenCV' not in errors
+    assert len(said) == 7 and '(number 7)' in said[6] and said == errors.splitlines()
 
 
 def test_more_unreadable_images_end_the_server_with_a_list(bad_folder, start):
@@ -327,7 +384,9 @@ def test_more_unreadable_images_end_the_server_with_a_list(bad_folder, start):
     lines = server.connect()
     lines.readline()
     error = json.loads(lines.readline())['error']
-    assert error == '8 of 700 images, more than 1 %, cannot be read: ' + ', '.join(sorted(bad))
+    expected = map(': '.join, zip(sorted(bad)[:6], REASONS))
+    assert error == ('8 of 700 images, more than 1 %, cannot be read: ' + '; '.join(expected)
+                     + '; and 2 more')
     code, errors = server.wait()
     assert code == 1 and errors.splitlines()[-1] == 'serve-data: error: ' + error
 
@@ -584,7 +643,7 @@ def test_signals_end_everything(folder, start, number):
 
 def test_with_a_lifeline_signals_end_nothing(folder, start):
     server, workers, _ = start_two_ranks(folder, start)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in signals.SIGNALS:
         for pid in [server.process.pid] + workers:
             os.kill(pid, number)
     # more than was ready before
