@@ -33,6 +33,50 @@ MODELS = {'large': ('v1', 50, 'imagenet'), 'small': ('v2', 18, '3x3s2')}
 # what PyTorch makes: name -> arguments of torch_features.create()
 OFFICIAL = {'v1.pth.tar': ('v1', 18, 8), 'v2.pth.tar': ('v2', 50, 4),
             'vision.pth': ('torchvision', 18, 8)}
+# ResNets in the files of others: layout of torch_features.create_other() and flags -> what is read
+# besides the backbone, and what is dropped besides counters
+LINEAR, HEAD = ['linear/W', 'linear/b'], ['linear0_32/W', 'linear0_32/b', 'linear1_128/W',
+                                          'linear1_128/b']
+OTHERS = {
+    ('plain',): (LINEAR, []),
+    ('compiled',): (LINEAR, ['epoch']),
+    ('lightly',): ([], ['hyper_parameters', 'state_dict.backbone_momentum.* (120)',
+                        'state_dict.projection_head.layers.0.bias',
+                        'state_dict.projection_head.layers.0.weight']),
+    ('moco3',): ([], ['args', 'state_dict.module.momentum_encoder.* (120)'] + [
+        'state_dict.module.' + name for name in (
+            'base_encoder.fc.0.bias', 'base_encoder.fc.0.weight', 'base_encoder.fc.1.bias',
+            'base_encoder.fc.1.weight', 'predictor.0.bias', 'predictor.0.weight')]),
+    ('simsiam',): ([], ['state_dict.module.encoder.' + name for name in (
+        'fc.0.bias', 'fc.0.weight', 'fc.6.bias', 'fc.6.weight')]),
+    ('byol',): ([], ['target_network.encoder.* (120)']),
+    ('dino', '--part', 'teacher'): (LINEAR, [
+        'args', 'curve', 'student', 'teacher.head.mlp.0.bias', 'teacher.head.mlp.0.weight']),
+    ('query',): (HEAD, []),
+    ('no_queue',): (HEAD, ['state_dict.module.encoder_k.* (124)']),
+    ('no_key',): (HEAD, ['state_dict.module.queue', 'state_dict.module.queue_ptr']),
+    ('other_head',): ([], ['state_dict.module.encoder_k.* (122)',
+                           'state_dict.module.encoder_q.fc.0.bias',
+                           'state_dict.module.encoder_q.fc.0.weight', 'state_dict.module.queue',
+                           'state_dict.module.queue_ptr']),
+    ('half',): (LINEAR, []),
+    ('bfloat',): ([], [])}
+# and what is refused -> the message
+REFUSED = {
+    ('dino',): 'holds several networks: student.module.backbone.; teacher.backbone.; convert one: '
+               'tools/convert_checkpoint.py --part teacher.backbone',
+    ('dino', '--part', 'nobody'): '--part: it holds student.module.backbone.; teacher.backbone.',
+    ('no_layer4',): 'is not all of one network on a ResNet-18, and nothing else: '
+                    'group3/block0/conv1/W is missing; .*; ... and 19 more',
+    ('excited',): 'holds no ResNet of torchvision, which has no layer1.0.se.fc0.bias; .*'
+                  'layer1.0.se.fc2.weight; ... and 4 more',
+    ('grouped',): r'.*conv2/W has shape .3, 3, 1, 4. where .3, 3, 4, 4. is needed; .*'
+                  '... and 2 more',
+    ('transformer',): 'cannot be read as weights: it holds no ResNet of torchvision .conv1.weight, '
+                      'layer1.0.conv1.weight., but model.blocks.0.attn.bias; .*; ... and 12 more',
+    ('list',): 'cannot be read as weights: it holds no ResNet of .*, but no state_dict of tensors',
+    ('object',): 'cannot be read as weights: it holds more than tensors and plain values, which '
+                 'might be code: __main__.ResNet'}
 
 
 def convert(*argv):
@@ -127,6 +171,17 @@ def folder(made):
         path = 'bomb{}.pth'.format(int(legacy))
         job('create_bomb', path, 'exploded.txt', legacy)
         job('convert', path, 'bomb.npz')
+
+    np.savez(str(made / 'told.npz'), network=np.frombuffer(NETWORK_TEXT.encode(), np.uint8),
+             **load_npz(made / 'small.npz'))
+    job('convert', 'told.npz', 'told.pth.tar')
+    job('convert', 'told.pth.tar', 'told.pth.tar.npz')
+    job('convert', 'told.npz', 'told.pth')
+    job('dump', 'told.pth', 'told.pth.arrays.npz')
+    for layout, *flags in list(OTHERS) + list(REFUSED):
+        path = '_'.join([layout] + flags) + '.pth'
+        job('create_other', layout, path)
+        jobs.append(['convert', str(made / path), str(made / path) + '.npz'] + flags)
 
     process = subprocess.run(
         [torch_python(), os.path.join(ROOT, 'tests', 'torch_features.py')],
@@ -239,7 +294,7 @@ def test_official_files_to_npz(folder, name):
 
     # what the official file has besides
     dropped = re.findall('dropped: (.*)', folder.said[name])
-    assert set(dropped) == set(counters) | (
+    assert set(dropped) == {'*.num_batches_tracked ({})'.format(len(counters))} | (
         set() if 'vision' in name else {'epoch', 'arch', 'optimizer'})
 
 
@@ -302,6 +357,35 @@ def test_fasterrcnn(made, name, tmp_path):
     assert_same(load_npz(tmp_path / 'out.npz'), expected)
 
 
+# ---- files of others
+
+@pytest.mark.parametrize('case', sorted(OTHERS), ids=' '.join)
+def test_other_files_are_read(folder, case):
+    kept, dropped = OTHERS[case]
+    name = '_'.join(case) + '.pth'
+    *lines, summary = folder.said[name].splitlines()
+    assert 'variables, ResNet-18' in summary, summary
+    read, plain = (load_npz(folder.path / (path + '.npz')) for path in (name, 'plain.pth'))
+    backbone = list(filter(is_backbone, plain))
+    assert set(read) == set(backbone + kept)
+    precision = {'half': 1e-3, 'bfloat': 1e-2}.get(case[0], 0)
+    for key in backbone + (kept if kept == LINEAR else []):
+        assert read[key].dtype == np.float32, key
+        np.testing.assert_allclose(read[key], plain[key], precision, precision, err_msg=key)
+    assert {line.replace('dropped: ', '') for line in lines if COUNTERS not in line} == set(dropped)
+
+
+COUNTERS = '*.num_batches_tracked (20)'
+
+
+@pytest.mark.parametrize('case', sorted(REFUSED), ids=' '.join)
+def test_other_files_that_are_refused(folder, case):
+    name = '_'.join(case) + '.pth'
+    assert re.fullmatch('convert_checkpoint.py: error: {}: {}'.format(
+        re.escape(str(folder.path / name)), REFUSED[case]), folder.said[name]), folder.said[name]
+    assert not (folder.path / (name + '.npz')).exists()
+
+
 # ---- one picture through both
 
 @pytest.mark.parametrize('made_by, weights, features, depth, width', [
@@ -339,7 +423,7 @@ def refuse(capsys, *argv):
      ['MoCo on a ResNet-18', 'group1/block0/conv2_bn/mean/EMA is missing']),
     (lambda w: [w.pop(name) for name in list(w) if name.startswith('momentum_encoder/conv0')],
      ['momentum_encoder/conv0/W is missing', 'momentum_encoder/conv0_bn/variance/EMA is missing']),
-    (lambda w: w.pop('conv0/W'), ['\n  conv0/W is missing']),
+    (lambda w: w.pop('conv0/W'), [': conv0/W is missing']),
     (lambda w: w.pop('queue'), ['queue is missing']),
     (lambda w: w.pop('linear0_64/b'), ['linear0_64/b is missing']),
     (lambda w: [w.pop(name) for name in list(w) if name.startswith('linear')],
@@ -360,6 +444,49 @@ def test_every_variable_is_accounted_for(made, change, words, tmp_path, capsys):
     error = refuse(capsys, tmp_path / 'changed.npz', tmp_path / 'out.npz')
     assert str(tmp_path / 'changed.npz') in error and all(word in error for word in words), error
     assert not (tmp_path / 'out.npz').exists()
+
+
+@pytest.mark.parametrize('parts, ending', [
+    ('backbone linear queue', '.npz'), ('backbone linear', '.npz'), ('backbone', '.npz'),
+    ('backbone linear momentum_encoder', '.npz'), ('backbone linear queue', ''),
+    ('backbone linear queue', '.pkl')])
+@pytest.mark.parametrize('suffix', ['', ':0'])
+def test_parts_that_are_whole_are_enough(made, parts, ending, suffix, tmp_path, capsys):
+    whole = load_npz(made / 'small.npz')
+    chosen = {name: array for name, array in whole.items() if name.startswith(
+        tuple(parts.replace('backbone', 'conv0 group').split()))}
+    extras = {'global_step': np.int64(3), 'learning_rate': np.float32(1), 'EMA/loss': np.float32(2)}
+    np.savez(str(tmp_path / 'in.npz'),
+             **{name + suffix: array for name, array in dict(chosen, **extras).items()})
+    convert(tmp_path / 'in.npz', tmp_path / ('out' + ending))
+    *dropped, _ = capsys.readouterr().out.splitlines()
+    if ending == '.pkl':
+        assert len(dropped) == len(chosen) - len(list(filter(is_backbone, chosen))) + 3
+    else:
+        assert {line.replace('dropped: ', '') for line in dropped} == set(extras)
+        assert_same(read_weights(str(tmp_path / ('out' + ending))), chosen)
+    assert 'has no key encoder and queue' in refuse(
+        capsys, tmp_path / 'in.npz', tmp_path / 'out.pth.tar')
+
+
+NETWORK_TEXT = '{"depth": 18, "width": 8, "stem": "3x3s2", "mean_bgr": [1.5, 2.5, 3.5]}'
+
+
+def test_what_the_network_was_goes_along(folder, tmp_path, capsys):
+    """Through a checkpoint here, and PyTorch's Python in the fixture."""
+    convert(folder.path / 'told.npz', tmp_path / 'model-0')
+    convert(tmp_path / 'model-0', tmp_path / 'back.npz', '--backbone-only')
+    for path in (folder.path / 'told.pth.tar.npz', tmp_path / 'back.npz', tmp_path / 'model-0'):
+        network = read_weights(str(path))['network']
+        assert network.dtype == np.uint8 and network.tobytes().decode() == NETWORK_TEXT
+    assert 'network' in load_npz(folder.path / 'told.pth.tar.npz')
+    # and where there is no place for it, nothing is said
+    for path, flags in (('out.pkl', []), ('out.npz', ['--fasterrcnn'])):
+        convert(folder.path / 'told.npz', tmp_path / path, *flags)
+    said = capsys.readouterr().out + folder.said['told.npz'] + folder.said['told.pth.tar']
+    assert 'dropped: queue' in said and 'dropped: network' not in said
+    assert 'network' not in load_npz(tmp_path / 'out.npz')
+    assert 'network' not in load_npz(folder.path / 'told.pth.arrays.npz')
 
 
 def test_what_is_no_source(made, tmp_path, capsys):
@@ -397,6 +524,37 @@ def test_nothing_is_overwritten_that_is_needed(made, capsys):
     assert 'holds model-3 already' in refuse(capsys, small, made / 'large' / 'model-0')
     assert_same(load_npz(small), before)
     assert find_checkpoint(str(made / 'large')).endswith('model-3')
+
+
+def test_only_weights_are_replaced(made, tmp_path, capsys):
+    """What is written twice is replaced; what is the user's is not, nor what a link points to."""
+    small = made / 'small.npz'
+    for name in ('out.npz', 'out.pkl', 'model-0'):
+        convert(small, tmp_path / name, '--backbone-only')
+        convert(small, tmp_path / name)
+        assert 'checkpoint' in os.listdir(str(tmp_path)) or not name == 'model-0'
+    assert 'queue' in load_npz(tmp_path / 'out.npz') and 'queue' in read_weights(
+        str(tmp_path / 'model-0'))
+    (tmp_path / 'mine').mkdir()
+    link = tmp_path / 'mine' / 'link.npz'
+    link.symlink_to(tmp_path / 'out.npz')
+    convert(small, link, '--backbone-only')
+    assert link.is_symlink() and 'queue' not in load_npz(tmp_path / 'out.npz')
+
+    mine = tmp_path / 'mine' / 'text'
+    mine.write_text('mine')
+    os.mkfifo(str(tmp_path / 'mine' / 'fifo.npz'))
+    names = ['a.npz', 'a.pkl', 'a.index', 'b.data-00000-of-00001']
+    for name in names:
+        (tmp_path / 'mine' / name).symlink_to(mine)
+    for name in ('a.npz', 'a.pkl', 'a', 'b', 'fifo.npz'):
+        words = 'is no regular file' if 'fifo' in name else 'it is not replaced'
+        assert words in refuse(capsys, small, tmp_path / 'mine' / name)
+    mine.rename(tmp_path / 'mine' / 'checkpoint')
+    assert 'checkpoint: is there' in refuse(capsys, small, tmp_path / 'mine' / 'c')
+    assert (tmp_path / 'mine' / 'checkpoint').read_text() == 'mine'
+    assert sorted(os.listdir(str(tmp_path / 'mine'))) == sorted(
+        names + ['checkpoint', 'fifo.npz', 'link.npz'])
 
 
 def test_a_backbone_is_no_moco(made, tmp_path, capsys):
@@ -469,6 +627,15 @@ def test_another_python_that_cannot_read_says_why(pth, tmp_path, monkeypatch):
     (tmp_path / 'torch.py').write_text('raise ImportError')
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     assert re.search('TORCH_PYTHON=.*reading .*x.pth needs PyTorch', reason(sys.executable))
+
+
+def test_part_needs_pytorch_at_hand(made, pth, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    monkeypatch.setenv('TORCH_PYTHON', torch_python())
+    assert '--part needs a Python that has PyTorch: $TORCH_PYTHON tools/convert' in refuse(
+        capsys, pth, tmp_path / 'out.npz', '--part', 'teacher')
+    assert '--part is of a file of PyTorch' in refuse(
+        capsys, made / 'small.npz', tmp_path / 'out.npz', '--part', 'teacher')
 
 
 def test_tensorflow_is_asked_for_by_name(made, tmp_path, monkeypatch, capsys):

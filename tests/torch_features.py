@@ -4,10 +4,12 @@
 
 A job is the name of a function below and its arguments; its result is what the function returns.
 """
+import argparse
 import contextlib
 import io
 import json
 import os
+import pathlib
 import sys
 
 import numpy as np
@@ -107,6 +109,62 @@ def create(what, depth, width, path, legacy=False):
         content = {'epoch': 200, 'arch': 'resnet%d' % depth, 'state_dict': content,
                    'optimizer': optimizer.state_dict()}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+
+
+def create_other(layout, path):
+    """Save a ResNet-18, with values of its own, as other authors' code does: plain() is what is to
+    be read of it, average() another network of the same names."""
+    def below(front, *states):
+        return {front + name: tensor for state in states for name, tensor in state.items()}
+
+    def layers(*names):
+        return {name + end: torch.ones([3] * (1 + (end == '.weight')))
+                for name in names for end in ('.weight', '.bias')}
+
+    whole = build('torchvision', 18, 4)
+    plain = whole.state_dict()
+    body = {name: tensor for name, tensor in plain.items() if not name.startswith('fc.')}
+    average = {name: tensor + 1 for name, tensor in body.items()}
+    numbers = {'conv1': '0', 'bn1': '1', 'layer1': '4', 'layer2': '5', 'layer3': '6', 'layer4': '7'}
+    numbered = {name.replace(layer, number, 1): tensor for name, tensor in body.items()
+                for layer, number in numbers.items() if name.startswith(layer + '.')}
+    mlp = {'fc.0.weight': torch.ones(32, 32), 'fc.0.bias': torch.ones(32),
+           'fc.2.weight': torch.ones(128, 32), 'fc.2.bias': torch.ones(128)}
+    query, key = below('module.encoder_q.', body, mlp), below('module.encoder_k.', average, mlp)
+    queue = {'module.queue': torch.ones(128, 8), 'module.queue_ptr': torch.tensor([3])}
+    args = argparse.Namespace(folder=pathlib.Path('x'), lr=np.float64(0.03))
+    torch.save({
+        'plain': lambda: plain,
+        'compiled': lambda: {'model': below('module._orig_mod.net.', plain), 'epoch': 3},
+        'lightly': lambda: {'state_dict': below('backbone.', numbered) | below(
+            'backbone_momentum.', average) | layers('projection_head.layers.0'),
+            'hyper_parameters': {'lr': 0.1}},
+        'moco3': lambda: {'state_dict': below('module.base_encoder.', body, layers('fc.0', 'fc.1'))
+                          | below('module.momentum_encoder.', average)
+                          | layers('module.predictor.0'), 'args': args},
+        'simsiam': lambda: {'state_dict': below('module.encoder.', body, layers('fc.0', 'fc.6'))},
+        'byol': lambda: below('online_network.encoder.', body) | below(
+            'target_network.encoder.', average),
+        'dino': lambda: {'student': below('module.backbone.', average), 'args': args,
+                         'teacher': below('backbone.', plain) | layers('head.mlp.0'),
+                         'curve': np.arange(3)},
+        'query': lambda: query,
+        'no_queue': lambda: {'state_dict': query | key},
+        'no_key': lambda: {'state_dict': query | queue},
+        'other_head': lambda: {'state_dict': {name: tensor for name, tensor in (
+            query | key | queue).items() if '.fc.2.' not in name}},
+        'half': lambda: {name: tensor.half() if tensor.is_floating_point() else tensor
+                         for name, tensor in plain.items()},
+        'bfloat': lambda: {'encoder': {name: tensor.bfloat16() for name, tensor in body.items()}},
+        'no_layer4': lambda: {name: tensor for name, tensor in plain.items()
+                              if not name.startswith('layer4')},
+        'excited': lambda: plain | below('layer1.0.se.', *[layers(f'fc{i}') for i in range(5)]),
+        'grouped': lambda: {name: tensor[:, :1] if 'conv2' in name else tensor
+                            for name, tensor in plain.items()},
+        'transformer': lambda: {'model': layers(*[f'blocks.{i}.attn' for i in range(9)])},
+        'list': lambda: [plain],
+        'object': lambda: whole,
+    }[layout](), path)
 
 
 def dump(path, npz):

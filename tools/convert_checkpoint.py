@@ -12,8 +12,8 @@
 
 The content of SRC tells its format, the ending of DST the one to write; without an ending it is a
 checkpoint of TensorFlow. A file must hold all of a ResNet (of any --depth and --width of
-main_moco.py), perhaps with a contrastive head or a classifier, or all of MoCo, and nothing else.
-Variables without a place in DST's format are listed.
+main_moco.py), and of each other part of MoCo, or a classifier, that it has. What has no place here
+or in DST's format is listed.
 
 detectron2 has to be told INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN [123.675, 116.28, 103.53],
 MODEL.PIXEL_STD [58.395, 57.12, 57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False. tensorpack's
@@ -29,11 +29,13 @@ if __name__ == '__main__':
 
 import argparse
 import collections
-import json
 import pickle
+import re
 
 import numpy as np
 
+import checkpoints
+import outputs
 import resnet
 import weights
 from errors import UserError, one_line
@@ -59,7 +61,9 @@ def describe(arrays):
     shapes = dict(variables)
     dim = variables[-1][1][-1]  # D
 
-    is_moco = any(name.startswith(('momentum_encoder/', 'queue')) for name in arrays)
+    has_key_encoder = any(name.startswith('momentum_encoder/') for name in arrays)
+    has_queue = 'queue' in arrays or 'queue_ptr' in arrays
+    is_moco = has_key_encoder or has_queue
     if any(name.startswith('linear/') for name in arrays) and not is_moco:
         classes = np.shape(arrays.get('linear/b'))[0:1] or (1000,)
         shapes.update({'linear/W': (dim,) + classes, 'linear/b': classes})
@@ -67,14 +71,15 @@ def describe(arrays):
         layer = f'linear{i}_{out}'
         shapes.update({layer + '/W': (dim, out), layer + '/b': (out,)})
         dim = out
-    if is_moco:
+    if has_key_encoder:
         shapes.update({'momentum_encoder/' + name: shape for name, shape in shapes.items()})
+    if has_queue:
         keys = np.shape(arrays.get('queue'))[0:1] or (65536,)
         shapes.update(queue=keys + (dim,), queue_ptr=())
     return depth, shapes
 
 
-def convert(src, dst, backbone_only=False, fasterrcnn=False):
+def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None):
     """Convert a file of weights.
 
     Args:
@@ -82,32 +87,45 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False):
         dst: file to write; its ending says how.
         backbone_only: leave out head, classifier, key encoder and queue.
         fasterrcnn: write the names of tensorpack's FasterRCNN; `dst` must be an .npz.
+        part: of a file of PyTorch with several networks, as in pytorch_format.read().
 
     Returns:
         (depth, kept, dropped): of the ResNet; our names in dst; names without a place there.
 
     Raises:
-        UserError: src does not exist, or is not a complete network; dst cannot be written.
+        UserError: src does not exist, or is not a complete network; dst cannot be written, or is
+        something else.
     """
     write, takes = tell_writer(dst, backbone_only, fasterrcnn)
     src = weights.find_checkpoint(src)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise UserError(f'{src}: is what would be read and written')
-    arrays, dropped = weights.read(src, weights.is_model, read_pytorch)
+    if part and not (os.path.isfile(src) and weights.tell_format(src) == 'pytorch'):
+        raise UserError(f'{src}: --part is of a file of PyTorch, which this is not')
+    arrays, dropped = weights.read(
+        src, is_wanted, lambda path, wanted: read_pytorch(path, wanted, part))
+    network = {name: arrays.pop(name) for name in [weights.NETWORK] if name in arrays}
     depth, shapes = describe(arrays)
     problems = weights.compare(arrays, shapes)
     if problems:
-        network = 'MoCo' if 'queue' in shapes else 'one network'
-        raise UserError(f'{src}: is not all of {network} on a ResNet-{depth}, and nothing else:'
-                        + ''.join('\n  ' + problem for problem in problems))
-    if write is write_moco and 'queue' not in arrays:
+        whole = 'MoCo' if 'queue' in shapes else 'one network'
+        raise UserError(f'{src}: is not all of {whole} on a ResNet-{depth}, and nothing else: '
+                        + weights.enumerate_some(problems))
+    if write is write_moco and not {'queue', 'momentum_encoder/conv0/W'} <= set(arrays):
         raise UserError(f'{src}: has no key encoder and queue, which a .pth.tar of MoCo holds; '
                         f'write a .pth instead of {dst}')
 
     kept = {name: array for name, array in arrays.items() if takes(name)}
+    has_place = write in (write_npz, write_moco, write_tensorflow)
+    content = dict(kept, **network) if has_place else kept
     try:
         os.makedirs(os.path.dirname(dst) or '.', exist_ok=True)
-        write(kept, dst, depth)
+        check_destination(dst, write)
+        if write is write_tensorflow:  # several files, to which TensorFlow gives their names last
+            write(content, dst, depth)
+        else:
+            with outputs.replace(dst) as path:
+                write(content, path, depth)
     except (OSError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
         raise UserError(f'{dst}: cannot be written: {error}')
     return depth, sorted(kept), sorted(set(arrays) - set(kept)) + sorted(dropped)
@@ -115,15 +133,24 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False):
 
 # ---- reading
 
-def read_pytorch(path, wanted):
+def is_wanted(name):
+    """Whether it is read: not what Tensorpack saves of a training besides, nor the optimizer's."""
+    return name == weights.NETWORK or weights.is_model(name) and not re.match(
+        'EMA/|learning_rate$', name)
+
+
+def read_pytorch(path, wanted, part):
     """Read a file of PyTorch, by the Python that TORCH_PYTHON names if this one has no PyTorch."""
     try:
         pytorch_format.import_pytorch('reading', path)
     except UserError:
         if not os.environ.get('TORCH_PYTHON'):
             raise
+        if part:
+            raise UserError(f'{path}: --part needs a Python that has PyTorch: $TORCH_PYTHON '
+                            f'tools/convert_checkpoint.py {path} out.npz --part {part}')
         return weights.read_pytorch(path, wanted)
-    return pytorch_format.read(path)
+    return pytorch_format.read(path, part)
 
 
 # ---- writing
@@ -164,6 +191,23 @@ def tell_writer(dst, backbone_only, fasterrcnn):
     return write, takes
 
 
+def check_destination(dst, write):
+    """A UserError if there is anything but what was written in this way before."""
+    if write is write_tensorflow:
+        for ending in ('.index', '.data-00000-of-00001'):
+            outputs.check_output(dst + ending, lambda path: checkpoints.is_whole(dst))
+        outputs.check_output(os.path.join(os.path.dirname(dst), 'checkpoint'),
+                             outputs.starts_with(b'model_checkpoint_path'))
+    elif write is write_detectron2:
+        outputs.check_output(dst, outputs.starts_with(b'\x80'), what='file of weights')  # a pickle
+    else:
+        form = 'npz' if write in (write_npz, write_fasterrcnn) else 'pytorch'
+        if form == 'pytorch':
+            pytorch_format.import_pytorch('writing', dst)
+        outputs.check_output(dst, lambda path: weights.tell_format(path) == form,
+                             what='file of weights')
+
+
 def write_npz(arrays, path, depth):
     np.savez(path, **arrays)
 
@@ -198,12 +242,14 @@ def write_torchvision(arrays, path, depth):
 
 def write_moco(arrays, path, depth):
     names = pytorch_format.moco_names(weights.head_dims(arrays))
+    extra = {weights.NETWORK: arrays.pop(weights.NETWORK).tobytes().decode()
+             } if weights.NETWORK in arrays else {}
     save_pytorch(arrays, {ours: 'module.' + theirs for ours, theirs in names.items()},
-                 lambda state: {'arch': f'resnet{depth}', 'state_dict': state}, path)
+                 lambda state: dict(extra, arch=f'resnet{depth}', state_dict=state), path)
 
 
 def save_pytorch(arrays, names, wrap, path):
-    torch = pytorch_format.import_pytorch('writing', path)
+    import torch
     state = collections.OrderedDict(
         (names[name], torch.from_numpy(pytorch_format.to_pytorch(name, array)))
         for name, array in arrays.items())
@@ -212,9 +258,8 @@ def save_pytorch(arrays, names, wrap, path):
 
 def write_tensorflow(arrays, path, depth):
     """Write a checkpoint, and the file `checkpoint` that makes its folder mean it."""
-    tf = weights.import_tensorflow('writing', path)
-    folder = os.path.dirname(path) or '.'
-    latest = tf.train.latest_checkpoint(folder)
+    tf = checkpoints.import_tensorflow('writing', path)
+    latest = checkpoints.find_latest(os.path.dirname(path) or '.')
     if latest is not None and os.path.realpath(latest) != os.path.realpath(path):
         raise UserError(f'{path}: this folder holds {os.path.basename(latest)} already, of another '
                         'run perhaps')
@@ -228,8 +273,7 @@ def write_tensorflow(arrays, path, depth):
             sess.run(save, dict(zip(tensors, arrays.values())))
         except tf.errors.OpError as error:
             raise OSError(one_line(error))
-    with open(os.path.join(folder, 'checkpoint'), 'w') as f:  # so that the folder can be moved
-        f.write(f'model_checkpoint_path: {json.dumps(os.path.basename(path))}\n')
+    checkpoints.write_pointer([path])
 
 
 def main(argv=None):
@@ -244,9 +288,12 @@ def main(argv=None):
                         help='leave out head, classifier, key encoder and queue')
     parser.add_argument('--fasterrcnn', action='store_true',
                         help="write an .npz for tensorpack's FasterRCNN")
+    parser.add_argument('--part', metavar='NAME', help='of several networks in a file of PyTorch, '
+                        'the one whose names begin with this or have it as a word: teacher, say')
     args = parser.parse_args(argv)
     try:
-        depth, kept, dropped = convert(args.src, args.dst, args.backbone_only, args.fasterrcnn)
+        depth, kept, dropped = convert(args.src, args.dst, args.backbone_only,
+                                       args.fasterrcnn, args.part)
     except UserError as error:
         sys.exit(f'convert_checkpoint.py: error: {error}')
     for name in dropped:
