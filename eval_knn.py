@@ -19,11 +19,8 @@ if __name__ == '__main__':
     launcher.join(sys.argv[1:])
     cores.set_up(sys.argv[1:])  # before TensorFlow is loaded, which reads what this sets
 
-import glob
+import contextlib
 import json
-import os
-import pathlib
-import re
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -31,7 +28,10 @@ from tensorpack import tfv1 as tf
 from tensorpack.callbacks import Callback
 from tensorpack.utils import logger
 
+import checkpoints
 import inputs
+import network
+import outputs
 import resnet
 import runs
 import weights
@@ -53,7 +53,9 @@ def knn_vote(similarity, labels, num_classes, temp=None):
     """Let neighbours vote, similarity float32 [Q, k] and labels int [Q, k] -> int [Q], the class
     with most votes, of equal ones the first. A vote weighs exp(similarity / temp), or 1 if temp is
     None."""
-    weights = np.ones_like(similarity) if temp is None else np.exp(similarity / temp)
+    # of float64, and relative to the nearest neighbour's: exp(1 / 0.01) is beyond float32
+    weights = np.ones_like(similarity) if temp is None else np.exp(
+        (similarity - similarity.max(axis=1, keepdims=True)).astype(np.float64) / temp)
     rows = np.arange(len(labels))[:, np.newaxis]  # [Q, 1]
     votes = np.bincount(
         (rows * num_classes + labels).ravel(), weights.ravel(), len(labels) * num_classes)
@@ -88,6 +90,7 @@ class KNN:
             for split in ('train', 'val')}
         self._outputs = {split: [tf.cast(features(p.images), tf.float32), p.labels]
                          for split, p in self._passes.items()}
+        self.tensors = self._passes['train'].images, self._outputs['train'][0]  # one of the other
         dim = int(self._outputs['train'][0].shape[1])
         # in host memory, where banks fit, in float32 (a GPU: TF32), by TensorFlow's threads
         with tf.device('/cpu:0'):
@@ -134,7 +137,12 @@ class KNN:
 
     def _read(self, sess, split):
         batches = self._passes[split].run(sess, self._outputs[split])
-        return [np.concatenate(x) for x in zip(*batches)]  # features [n, D], labels [n]
+        features, labels = [np.concatenate(x) for x in zip(*batches)]  # [n, D], [n]
+        if not np.isfinite(features).all():
+            raise UserError(f'features of {split} images are not finite')
+        if len(features) > 1 and not np.ptp(features, axis=0).any():
+            raise UserError(f'features of all {split} images are the same')
+        return features, labels
 
 
 class OnlineKNN(Callback):
@@ -153,26 +161,13 @@ class OnlineKNN(Callback):
             self.trainer.monitors.put_scalar('knn_top1', result['knn_top1'])
 
 
-def list_checkpoints(folder: str) -> list:
-    """Every checkpoint of a folder, oldest first."""
-    paths = [path[:-len('.index')]
-             for path in glob.glob(os.path.join(glob.escape(folder), 'model-*.index'))
-             if re.search(r'model-\d+\.index$', path)]
-    if not paths:
-        raise UserError(f'{folder}: this folder holds no checkpoint (model-*.index)')
-    return sorted(paths, key=lambda path: int(path.rsplit('-', 1)[1]))
-
-
-def check_writable(paths) -> None:
-    """A UserError unless rank 0 can write there; paths may be None."""
-    for path in filter(None, paths if hvd.rank() == 0 else []):
-        try:
-            open(path, 'a').close()
-            if not os.path.getsize(path):
-                os.remove(path)
-        except OSError as error:
-            raise UserError(f'{path}: cannot be written: {error.strerror} (--out says where the '
-                            'result goes)')
+def is_result(path: str) -> bool:
+    """Whether a file is a result of this script."""
+    with contextlib.suppress(ValueError):
+        with open(path) as f:
+            result = json.load(f)
+        return isinstance(result, dict) and 'knn_top1' in result
+    return False
 
 
 def parse_args(argv=None):
@@ -201,6 +196,8 @@ def parse_args(argv=None):
     flags.check(parser, args, 'k', 'knn_temp')
     if args.pixels and (args.head or args.all):
         parser.error('--pixels has neither --head nor --all')
+    if args.pixels and (args.depth or args.width or args.stem):
+        parser.error('--pixels has no network: of its flags, only --image-size')
     if args.out and args.all:
         parser.error('--out is one file: --all writes one next to each checkpoint')
     return args
@@ -209,8 +206,11 @@ def parse_args(argv=None):
 def main(args):
     threads, gpus = start.begin(args.stall_limit)
     inputs.check_labelled(args.data)
-    paths = ([None] if args.pixels else list_checkpoints(args.load) if args.all
+    paths = ([None] if args.pixels else checkpoints.list_numbered(args.load) if args.all
              else [weights.find_checkpoint(args.load)])
+    if not paths:
+        raise UserError(f'{args.load}: this folder holds no checkpoint (model-123.index)')
+    described = network.settle(args, paths[-1])
     dims = []  # of the head's layers
     if args.head:
         dims = weights.head_dims(weights.read_weights(paths[0], weights.is_head))
@@ -218,9 +218,10 @@ def main(args):
             raise UserError(f'{paths[0]}: holds no head (linear0_...)')
     outs = [args.out or (path and path + ('.head' if args.head else '') + '.knn.json')
             for path in paths]
-    check_writable(outs)
+    for out in filter(None, outs if hvd.rank() == 0 else []):
+        outputs.check_output(out, is_result, '--out' if out == args.out else '')
 
-    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpus else 'NHWC')
+    net = network.build(described, gpus)
 
     def features(images):
         """uint8 [n, S, S, 3] -> [n, D]"""
@@ -240,6 +241,7 @@ def main(args):
         for path, out in zip(paths, outs):
             if path is not None:
                 runs.assign(sess, weights.load_weights(path, is_needed, tf.global_variables()))
+                network.check_features(sess, *knn.tensors, path)
             with shutdown.explain('evaluation'):
                 result = knn.run(sess, center=args.pixels)
             result.update(
@@ -252,7 +254,8 @@ def main(args):
                     '{images} images by {bank}, {features} features, k {k}, t {temp}'
                     .format(**result))
                 if out:
-                    pathlib.Path(out).write_text(json.dumps(result, indent=1))
+                    with outputs.replace(out) as temporary, open(temporary, 'w') as f:
+                        json.dump(result, f, indent=1)
 
 
 if __name__ == '__main__':

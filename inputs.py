@@ -1,4 +1,5 @@
 """What a session computes on: batches of a data server, fake ones, and passes for evaluation."""
+import contextlib
 from typing import Optional
 
 import horovod.tensorflow as hvd
@@ -10,6 +11,7 @@ import image_lists
 import zmq_ops
 from errors import UserError
 from job import ranks
+from job.progress import Progress
 from job.server import DataServer
 from job.shutdown import shutdown
 
@@ -52,7 +54,7 @@ class EvaluationPass:
     """
 
     def __init__(self, folder, root, split, image_size, batch, num_workers=None, cpus=None):
-        self._batch = batch
+        self._split, self._batch = split, batch
         self._server = DataServer(folder, {
             'task': 'eval', 'data': root, 'split': split, 'image-size': image_size, 'batch': batch,
         }, num_workers, cpus)
@@ -64,10 +66,13 @@ class EvaluationPass:
         """Start the server and yield the value of `fetches` for every batch of this rank."""
         num_images = self._server.start()['images']
         batches = data.num_bounded_batches(hvd.rank(), hvd.size(), self._batch, num_images)
-        for i in range(data.num_turns(batches, self._server.workers_per_rank)):
-            result = ranks.run_alone(sess, fetches if i < batches else self.labels)
-            if i < batches:
-                yield result
+        images = len(range(hvd.rank(), num_images, hvd.size()))  # of this rank
+        with contextlib.closing(Progress(f'images of {self._split}/', images)) as progress:
+            for i in range(data.num_turns(batches, self._server.workers_per_rank)):
+                result = ranks.run_alone(sess, fetches if i < batches else self.labels)
+                if i < batches:
+                    progress.update(min((i + 1) * self._batch, images))
+                    yield result
         self._server.stop()
 
 

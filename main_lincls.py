@@ -24,6 +24,7 @@ from tensorpack.callbacks import Callback
 from tensorpack.utils import logger
 
 import inputs
+import network
 import resnet
 import runs
 import weights
@@ -57,15 +58,20 @@ class LinearModel(ModelDesc):
         return [tf.TensorSpec([n, S, S, 3], tf.uint8, 'images'),
                 tf.TensorSpec([n], tf.int32, 'labels')]
 
-    def classify(self, images):
-        """uint8 [n, S, S, 3] -> logits [n, C]; BN normalises with the moving statistics."""
-        features = resnet.compile_if(
-            self.use_xla, lambda x: self.net(x, training=False, trainable=False), images)  # [n, D]
+    def encode(self, images):
+        """uint8 [n, S, S, 3] -> features [n, D]; BN normalises with the moving statistics."""
+        return resnet.compile_if(
+            self.use_xla, lambda x: self.net(x, training=False, trainable=False), images)
+
+    def classify(self, features):
+        """[n, D] -> logits [n, C]"""
         return resnet.fully_connected('linear', tf.stop_gradient(features), self.num_classes)
 
     def build_graph(self, images, labels):
         """uint8 [n, S, S, 3], int32 [n] -> the train op."""
-        logits = self.classify(images)
+        features = self.encode(images)  # [n, D]
+        self.tensors = images, features
+        logits = self.classify(features)  # [n, C]
         loss = tf.reduce_mean(
             tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
         top1 = 100 * tf.reduce_mean(tf.cast(tf.math.in_top_k(logits, labels, 1), tf.float32))
@@ -84,7 +90,7 @@ class Validate(Callback):
     def __init__(self, model, *args):
         self._pass = inputs.EvaluationPass(*args)
         with tf.variable_scope(tf.get_variable_scope(), reuse=True):
-            logits = model.classify(self._pass.images)  # [n, C]
+            logits = model.classify(model.encode(self._pass.images))  # [n, C]
         labels = self._pass.labels  # [n]
         self._counts = [tf.reduce_sum(tf.cast(tf.math.in_top_k(logits, labels, k), tf.int64))
                         for k in (1, min(5, model.num_classes))]
@@ -116,11 +122,12 @@ class CheckUnchanged(Callback):
     """check_unchanged() after training, and before it: a resumed run must have been one of this
     backbone."""
 
-    def __init__(self, loaded):
-        self._loaded = loaded
+    def __init__(self, loaded, model, path):
+        self._loaded, self._model, self._path = loaded, model, path
 
     def _before_train(self):
         check_unchanged(self.trainer.sess, self._loaded)
+        network.check_features(self.trainer.sess, *self._model.tensors, self._path)
 
     def _trigger_epoch(self):
         if self.epoch_num == self.trainer.max_epoch:
@@ -162,8 +169,9 @@ def main(args):
     path = weights.find_checkpoint(args.load) if hvd.rank() == 0 else None
     batch_size = runs.divide_batch(args.batch, hvd.size())
     inputs.check_labelled(args.data)
-    runs.open_logdir(args.logdir)
+    lock = runs.open_logdir(args.logdir)
     checkpoint, steps_done = runs.find_resume(args.logdir)
+    described = network.settle(args, path)
 
     # data
     folder = ranks.private_folder()
@@ -175,9 +183,8 @@ def main(args):
 
     # model
     tf.set_random_seed(args.seed)
-    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpus else 'NHWC')
     model = LinearModel(
-        net, facts['classes'], batch_size, args.image_size,
+        network.build(described, gpus), facts['classes'], batch_size, args.image_size,
         step_schedule(args.lr, args.batch, steps_per_epoch, args.epochs), args.weight_decay,
         use_xla=gpus > 0 if args.xla is None else args.xla)
     trainer = Trainer(model, *inputs.create_source(model.get_input_signature(), server, gpus),
@@ -189,14 +196,16 @@ def main(args):
     backbone = weights.load_weights(
         path, weights.is_backbone, tf.global_variables()) if path else {}
     logger.info(f'{len(backbone)} backbone variables from {path}')
+    network.save(described)
 
     # train
     first = runs.resume(checkpoint) if checkpoint else runs.Assign(backbone)
     validate = Validate(model, folder + '-val', args.data, 'val', args.image_size, batch_size,
                         args.workers, args.cpus)
-    trainer.run([CheckUnchanged(backbone), Save(max_to_keep=3), validate], first, steps_per_epoch,
-                steps_done, max_steps)
+    trainer.run([CheckUnchanged(backbone, model, path), Save(max_to_keep=3), validate], first,
+                steps_per_epoch, steps_done, max_steps)
     server.stop()
+    del lock  # held until here
 
 
 if __name__ == '__main__':

@@ -32,6 +32,7 @@ from tensorpack import tfv1 as tf
 from tensorpack.utils import logger
 
 import inputs
+import network
 import resnet
 import runs
 import weights
@@ -88,6 +89,26 @@ def check_sizes(batch, ranks, splits, queue_size):
     return n
 
 
+def list_doubts(args, num_images: int, steps_per_epoch: int, peak: float):
+    """Sentences about settings with which training runs, but can hardly learn; `peak` is the
+    highest learning rate."""
+    keys, images = args.queue_size, steps_per_epoch * args.batch
+    if keys > num_images:
+        yield (f'--queue-size {keys}: is more than the {num_images} images, so an image is told '
+               'from older keys of itself, too')
+    elif keys > images:
+        yield f'--queue-size {keys}: is not filled in an epoch, which has {images} images'
+    if hvd.size() == 1 and args.bn_splits == 1 and args.batch > 1:
+        yield ('one rank without --bn-splits: BN statistics tell which views belong together, and '
+               'nothing else is learned; take --bn-splits 4 or 8')
+    if args.knn_every > args.epochs:
+        yield f'--knn-every {args.knn_every}: never comes in {args.epochs:g} epochs'
+    usual = 0.03 * args.batch / 256
+    if not 1 / 8 <= peak / usual <= 8:
+        yield (f'a learning rate of {peak:g} is far from the {usual:g} that is usual with --batch '
+               f'{args.batch}')
+
+
 def parse_args(argv=None):
     parser = flags.create_parser(__doc__)
     group = parser.add_argument_group('what to run')
@@ -130,6 +151,8 @@ def parse_args(argv=None):
         parser.error('--amp --xla: what XLA compiles stays in 32 bits: give one of the two')
     args.xla = False if args.amp else args.xla
     flags.check(parser, args, 'queue_size', 'bn_splits', 'temp')
+    if not 0 <= args.momentum <= 1:
+        parser.error(f'--momentum must be 0 to 1, not {args.momentum}')
     for name, value in RECIPES['v2' if args.v2 else 'v1'].items():
         if not getattr(args, name):
             setattr(args, name, value)
@@ -150,8 +173,12 @@ def main(args):
     if args.knn_every:
         inputs.check_labelled(args.data)
     logdir = args.logdir or os.path.join('train_log', name_recipe(args))
-    runs.open_logdir(logdir)
+    lock = runs.open_logdir(logdir)
     checkpoint, steps_done = runs.find_resume(logdir)
+    load = weights.find_checkpoint(args.load) if args.load and hvd.rank() == 0 else None
+    if load and checkpoint:
+        logger.warn(f'--load {args.load} is not used: {logdir} holds a run, which goes on')
+    described = network.settle(args, checkpoint or load)
 
     # data
     folder = ranks.private_folder()
@@ -169,8 +196,7 @@ def main(args):
         cosine_schedule(args.lr, steps_per_epoch, args.epochs) if args.cos else
         step_schedule(args.lr, args.batch, steps_per_epoch, args.epochs))
     tf.set_random_seed(args.seed)
-    net = resnet.ResNet(args.depth, args.width, args.stem, 'NCHW' if gpus else 'NHWC',
-                        args.bn_splits)
+    net = network.build(described, gpus, args.bn_splits)
     model = MOCOModel(
         net, batch_size, queue_size=args.queue_size, momentum=args.momentum, temp=args.temp,
         mlp=args.mlp, weight_decay=args.weight_decay, learning_rate=learning_rate,
@@ -183,14 +209,16 @@ def main(args):
         f'{num_images} images, {args.batch} in a step on {hvd.size()} ranks ({batch_size} each, BN '
         f'over {batch_size // args.bn_splits}), {steps_per_epoch} steps an epoch, learning rate '
         f'{peak:g}')
+    for line in list_doubts(args, num_images, steps_per_epoch, peak):
+        logger.warn(line)
+    network.save(described)
 
     # where to start: rank 0, from which the other ranks get all variables
     if checkpoint:
         first = runs.resume(checkpoint)
         logger.info(f'continuing {checkpoint} after step {steps_done}')
-    elif args.load and hvd.rank() == 0:
-        first = runs.Assign(
-            weights.load_weights(args.load, weights.is_model, tf.global_variables()))
+    elif load:
+        first = runs.Assign(weights.load_weights(load, weights.is_model, tf.global_variables()))
     else:
         first = runs.Assign({}, model.copy_to_key_encoder())
 
@@ -202,6 +230,7 @@ def main(args):
     trainer.run([Save(max_to_keep=10)] + knn, first, steps_per_epoch, steps_done, max_steps)
     if server:
         server.stop()
+    del lock  # held until here
 
 
 if __name__ == '__main__':

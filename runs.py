@@ -1,49 +1,124 @@
 """A run on disk: its log folder, where it is continued from, and how long it is."""
+import fcntl
 import glob
+import json
 import math
 import os
+import socket
 import tempfile
 
 import horovod.tensorflow as hvd
 from tensorpack import tfv1 as tf
-from tensorpack.callbacks import JSONWriter
 from tensorpack.tfutils.sessinit import SessionInit
 from tensorpack.utils import logger
 
+import checkpoints
 import weights
 from errors import UserError
 from job import ranks
 
 MARKER = 'resume-me'  # file in the log folder of a run that was asked to stop
 STOPPED = 'stopped'  # in stats.json: that was not a whole epoch, or one without evaluation
+STATS = 'stats.json'
 
 
-def open_logdir(logdir: str) -> None:
-    """Make the log folder and send the log there (rank 0)."""
+# ---- the log folder
+
+def open_logdir(logdir: str):
+    """Make the log folder and send the log there (rank 0). Returns its lock, which holds for as
+    long as the caller keeps it, and ends with this process."""
     if hvd.rank() != 0:
-        return
+        return None
     try:
         os.makedirs(logdir, exist_ok=True)
         tempfile.TemporaryFile(dir=logdir).close()
+        lock = lock_folder(logdir)
     except OSError as error:
         raise UserError(f'--logdir {logdir}: cannot be written: {error.strerror}')
-    for path in glob.glob(os.path.join(glob.escape(logdir), 'model-*.tempstate*')):
-        os.remove(path)  # of a checkpoint that was being written when a run was killed
+    for name in ('model-*.tempstate*', f'.*-{STATS}', '.*-checkpoint'):
+        for path in glob.glob(os.path.join(glob.escape(logdir), name)):
+            os.remove(path)  # was being written when a run was killed
     logger.set_logger_dir(logdir, action='k')
+    set_damaged_aside(os.path.join(logdir, STATS))
+    return lock
 
+
+def lock_folder(logdir):
+    """An open file, whose lock the system drops when the process ends, however it ends."""
+    lock = open(os.path.join(logdir, 'lock'), 'a+')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f'--logdir {logdir}: is in use by another job ({lock.read().strip()})')
+    except OSError as error:
+        logger.warn(f'--logdir {logdir}: its disk has no locks ({error.strerror}): see that no two '
+                    'jobs write there')
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    lock.flush()
+    return lock
+
+
+def read_stats(path: str) -> list:
+    """The epochs, dicts, in a stats.json; [] if there is none. A ValueError if it is damaged."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        epochs = json.load(f)
+    if not isinstance(epochs, list) or not all(
+            isinstance(epoch, dict) and isinstance(epoch.get('global_step'), int)
+            for epoch in epochs):
+        raise ValueError('is no list of epochs')
+    return epochs
+
+
+def set_damaged_aside(path):
+    """A stats.json that cannot be read (a full disk, a crash of the host) gets another name."""
+    try:
+        read_stats(path)
+    except ValueError as error:
+        number = 1
+        while os.path.exists(f'{path}.damaged-{number}'):
+            number += 1
+        os.replace(path, f'{path}.damaged-{number}')
+        logger.warn(f'{path} cannot be read ({error}): it is {path}.damaged-{number} now, and the '
+                    'curves of this run begin anew')
+
+
+# ---- where a run is continued from
 
 def find_resume(logdir: str):
-    """What a log folder has to continue from, as rank 0 sees it: (path of the newest checkpoint,
-    its step). The path is None on other ranks, which get all variables from rank 0."""
-    path = tf.train.latest_checkpoint(logdir) if hvd.rank() == 0 and os.path.isdir(logdir) else None
-    steps = 0
-    if path:
-        counter = weights.read_weights(path, lambda name: name == 'global_step')
-        if not counter:
+    """What a log folder has to continue from, as rank 0 sees it: (path of the newest checkpoint
+    that can be read, its step). The path is None on other ranks, which get all variables from rank
+    0. A UserError if there is something, but nothing to continue from: it would be written over."""
+    path, steps = _find_readable(logdir) if hvd.rank() == 0 else (None, 0)
+    return path, ranks.broadcast([steps])[0]
+
+
+def _find_readable(logdir):
+    latest = checkpoints.find_latest(logdir)
+    older = [path for path in reversed(checkpoints.list_numbered(logdir)) if path != latest]
+    for path in [latest] * (latest is not None) + list(filter(checkpoints.is_whole, older)):
+        try:
+            values = weights.read_weights(path)  # all of it: a part may be damaged
+        except UserError as error:
+            logger.warn(f'{error}; an older one is looked for')
+            continue
+        if 'global_step' not in values:
             raise UserError(f'{path}: is of weights only, no run to continue: give it to --load, '
                             'and another --logdir')
-        steps = int(counter['global_step'])
-    return path, ranks.broadcast([steps])[0]
+        return path, int(values['global_step'])
+    # what has no index was being written when its run was killed
+    parts = glob.glob(os.path.join(glob.escape(logdir), '*.index'))
+    epochs = read_stats(os.path.join(logdir, STATS))
+    if parts or epochs:
+        found = [os.path.basename(part) for part in sorted(parts)[:6]] + [
+            f'{STATS} of {len(epochs)} epochs'] * bool(epochs)
+        raise UserError(f'--logdir {logdir}: has no checkpoint that can be read, but '
+                        f'{", ".join(found)}, which a new run would write over: mend that, or take '
+                        'another folder')
+    return None, 0
 
 
 class Assign(SessionInit):
@@ -59,7 +134,8 @@ class Assign(SessionInit):
 
 def resume(checkpoint: str) -> Assign:
     """Continues a run: the checkpoint must hold every variable of the graph, and nothing else."""
-    return Assign(weights.load_weights(checkpoint, lambda name: True, tf.global_variables()))
+    return Assign(weights.load_weights(
+        checkpoint, lambda name: name != weights.NETWORK, tf.global_variables()))
 
 
 def assign(sess, values: weights.Weights) -> None:
@@ -71,6 +147,8 @@ def assign(sess, values: weights.Weights) -> None:
              {v.initializer.inputs[1]: values[v.op.name] for v in variables})
 
 
+# ---- how long a run is
+
 def count_steps(args, num_images: int):
     """(steps in an epoch, after how many in all to stop), from the flags of a training."""
     steps_per_epoch = args.steps_per_epoch or num_images // args.batch
@@ -78,6 +156,9 @@ def count_steps(args, num_images: int):
         raise UserError(f'--data {args.data}: {num_images} images are less than one --batch of '
                         f'{args.batch}')
     total = int(round(args.epochs * steps_per_epoch))
+    if total == 0:
+        raise UserError(f'--epochs {args.epochs:g}: is less than half a step of {steps_per_epoch} '
+                        'in an epoch (--max-steps 0 writes initial weights)')
     return steps_per_epoch, total if args.max_steps is None else min(args.max_steps, total)
 
 
@@ -88,7 +169,7 @@ def count_epochs(steps_per_epoch: int, steps_done: int, max_steps: int) -> int:
         return steps_done // steps_per_epoch
     complete, = ranks.broadcast([int(hvd.rank() == 0 and any(
         epoch['global_step'] == steps_done and STOPPED not in epoch
-        for epoch in JSONWriter.load_existing_json() or []))])
+        for epoch in read_stats(os.path.join(logger.get_logger_dir(), STATS))))])
     return max(0, math.ceil(steps_done / steps_per_epoch) - (not complete))
 
 

@@ -1,4 +1,5 @@
 """The trainer, a model's train op again and again, and the callbacks of any training."""
+import json
 import math
 import os
 import shutil
@@ -14,12 +15,14 @@ from tensorpack.tfutils.sesscreate import NewSessionCreator
 from tensorpack.train import Trainer as TensorpackTrainer
 from tensorpack.utils import logger
 
+import checkpoints
+import network
+import outputs
 import runs
 from errors import UserError, one_line
 from job import ranks
+from job.progress import Progress, format_seconds
 from job.shutdown import shutdown
-
-LOG_INTERVAL = 60  # seconds between two lines about a long epoch
 
 
 class Trainer(TensorpackTrainer):
@@ -41,8 +44,8 @@ class Trainer(TensorpackTrainer):
         self.register_callback(source.setup(model.get_input_signature()))
         self.train_op = model.build_graph(*source.get_input_tensors())
         self._means = EpochMeans(model.monitored)
-        self._speed = Speed(
-            model.batch_size * hvd.size(), tf.constant(0.) if waited is None else waited)
+        self._batch = model.batch_size * hvd.size()
+        self._speed = Speed(self._batch, tf.constant(0.) if waited is None else waited)
         self._asked = tf.placeholder(tf.float32, [])
         any_asked = hvd.allreduce(self._asked, op=hvd.Sum) if hvd.size() > 1 else self._asked
         with tf.control_dependencies([self.train_op]):
@@ -76,6 +79,7 @@ class Trainer(TensorpackTrainer):
     def _stop(self):
         """Write what belongs to the end of an epoch, but do not evaluate: there are seconds."""
         shutdown.phase = 'saving'
+        self._callbacks.after_epoch()
         self.monitors.put_scalar(runs.STOPPED, 1)
         for callback in self._callbacks.cbs:
             if isinstance(callback, Save):
@@ -97,6 +101,8 @@ class Trainer(TensorpackTrainer):
             steps_done: by the run that this one continues. If that was ended while it evaluated,
                 the evaluation is done again.
         """
+        if max_steps and steps_done >= max_steps:
+            logger.warn(f'this run has done all its {max_steps} steps: nothing is left to train')
         monitors = [TFEventWriter(), Statistics(), ScalarPrinter()] if self.is_chief else []
         epochs_done = runs.count_epochs(steps_per_epoch, steps_done, max_steps)
         shutdown.step = steps_done
@@ -106,7 +112,8 @@ class Trainer(TensorpackTrainer):
         session_creator.config = self._config  # as an argument, it would be warned of
         with shutdown.explain('training'):
             self.train(
-                [AlignEpochs(steps_per_epoch, max_steps), self._means, self._speed, *callbacks],
+                [AlignEpochs(steps_per_epoch, max_steps), self._means, self._speed,
+                 ShowProgress(self._means, self._batch, steps_per_epoch, max_steps), *callbacks],
                 monitors, session_creator, session_init, steps_per_epoch, epochs_done + 1,
                 max_epoch=math.ceil(max_steps / steps_per_epoch))
         shutdown.phase = None
@@ -149,27 +156,26 @@ class EpochMeans(Callback):
         self._tensors, self._gather = tensors, ranks.Gather(tf.float64, [len(tensors)])
 
     def _before_epoch(self):
-        self._values = []  # [len(tensors)] of each step
-        self._logged = time.time()
+        self._sum, self._steps = np.zeros(len(self._tensors)), 0
 
     def _before_run(self, _):
         return tf.train.SessionRunArgs(list(self._tensors.values()))
 
     def _after_run(self, _, run_values):
-        self._values.append(run_values.results)
+        self._sum += run_values.results
+        self._steps += 1
         for name, value in zip(self._tensors, run_values.results):
             if not np.isfinite(value):
                 raise UserError(f'{name} is {value} at step {self.global_step}: stopped; '
                                 'checkpoints are of earlier steps')
-        if time.time() > self._logged + LOG_INTERVAL:
-            self._logged = time.time()
-            means = zip(self._tensors, np.mean(self._values, axis=0))
-            logger.info(f'step {self.global_step}, means of this epoch on this rank: ' +
-                        ', '.join(f'{name} {mean:.4g}' for name, mean in means))
+
+    def so_far(self, name):
+        """A mean of this epoch on this rank."""
+        return self._sum[list(self._tensors).index(name)] / self._steps
 
     def _trigger_epoch(self):
-        if self._values:
-            means = np.mean(self._values, axis=0, keepdims=True, dtype=np.float64)  # [1, tensors]
+        if self._steps:
+            means = self._sum[np.newaxis] / self._steps  # [1, tensors]
             means = self._gather(self.trainer.sess, means).mean(axis=0)  # of all ranks
             for name, mean in zip(self._tensors, means):
                 self.trainer.monitors.put_scalar(name, mean)
@@ -202,19 +208,63 @@ class Speed(Callback):
             put('data_wait', waited / sum(seconds))
 
 
+class ShowProgress(Callback):
+    """Shows steps of the epoch, loss, images/s, and the time left of the epoch and the run.
+
+    Args:
+        means: an EpochMeans.
+        batch: that of a step of all ranks.
+        steps_per_epoch, max_steps: see Trainer.run().
+    """
+
+    def __init__(self, means, batch, steps_per_epoch, max_steps):
+        self._means, self._batch = means, batch
+        self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
+        self._between = []  # seconds between epochs, of evaluation
+        self._progress = self._ended = None
+
+    def _before_epoch(self):
+        if self._ended is not None:
+            self._between.append(time.time() - self._ended)
+        self._first = (self.epoch_num - 1) * self._steps_per_epoch
+        self._progress = Progress(f'epoch {self.epoch_num}/{self.trainer.max_epoch}',
+                                  min(self._steps_per_epoch, self._max_steps - self._first))
+
+    def _trigger_step(self):
+        self._progress.update(self.global_step - self._first, self._describe)
+
+    def _describe(self, pace):
+        words = [f'loss {self._means.so_far("loss"):.4g}']
+        if pace is not None:
+            epochs = self.trainer.max_epoch - self.epoch_num + 1  # this one too
+            left = (pace * (self._max_steps - self.global_step) +
+                    epochs * (np.mean(self._between) if self._between else 0))
+            words += [f'{self._batch / pace:.0f} images/s', f'run: {format_seconds(left)} left']
+        return ', '.join(words)
+
+    def _after_epoch(self):
+        self._ended = time.time()
+        self._progress.close()
+
+    def _after_train(self):  # after an error too
+        if self._progress is not None:
+            self._progress.close()
+
+
 class Save(ModelSaver):
     """Writes a checkpoint after every epoch, and keeps the newest ones. Weights that are not finite
     are not saved; a checkpoint that cannot be written ends the run (ModelSaver would go on)."""
     _chief_only = False
 
     def __init__(self, max_to_keep):
-        # ModelSaver would keep another checkpoint of every half hour for ever
-        super().__init__(max_to_keep=max_to_keep, keep_checkpoint_every_n_hours=1e9)
+        super().__init__(var_collections=[tf.GraphKeys.GLOBAL_VARIABLES, network.COLLECTION])
+        self._max_to_keep = max_to_keep
 
     def _setup_graph(self):
         if hvd.rank() != 0:
             return
         super()._setup_graph()
+        self._kept = checkpoints.list_kept(self.checkpoint_dir)
         self._finite = {v.op.name: tf.reduce_all(tf.math.is_finite(v.read_value()))
                         for v in tf.global_variables() if v.dtype.base_dtype.is_floating}
 
@@ -235,9 +285,17 @@ class Save(ModelSaver):
             raise UserError(f'{wrong[0]} is not finite after step {self.global_step}: stopped; '
                             'checkpoints are of earlier steps')
         try:
+            os.makedirs(self.checkpoint_dir, exist_ok=True)
             path = self.saver.save(
                 self.trainer.sess, self.path, global_step=tf.train.get_global_step(),
-                write_meta_graph=False)
+                write_meta_graph=False, write_state=False)
+            # not the saver's: that does not find files in a folder with brackets in its name, and
+            # forgets, as a run is continued, what it has kept
+            kept = [other for other in self._kept if other != path] + [path]
+            surplus, self._kept = kept[:-self._max_to_keep], kept[-self._max_to_keep:]
+            checkpoints.write_pointer(self._kept)
+            for other in surplus:
+                checkpoints.remove(other)
         except tf.errors.CancelledError:
             raise  # the session was closed meanwhile
         except (OSError, tf.errors.OpError) as error:
@@ -253,7 +311,14 @@ class Statistics(JSONWriter):
     JSONWriter would begin anew when a run goes on in the middle of an epoch."""
 
     def _before_train(self):
-        self._fname = os.path.join(logger.get_logger_dir(), self.FILENAME)
-        self._stats = [epoch for epoch in self.load_existing_json() or []
+        self._fname = os.path.join(logger.get_logger_dir(), runs.STATS)
+        self._stats = [epoch for epoch in runs.read_stats(self._fname)
                        if epoch['global_step'] <= self.global_step]
         self._trigger()
+
+    def _write_stat(self):
+        try:
+            with outputs.replace(self._fname) as temporary, open(temporary, 'w') as f:
+                json.dump(self._stats, f)
+        except OSError as error:
+            logger.warn(f'cannot write {self._fname}: {error.strerror}')

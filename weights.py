@@ -4,6 +4,7 @@ Weights are a dict of the names of the released MoCo weights (conv0/W, group0/bl
 linear0_128/b, momentum_encoder/..., queue, queue_ptr; linear/W and linear/b are a classifier) ->
 array. Nothing in a file is executed when it is read. Only checkpoints of TensorFlow need it.
 """
+import json
 import os
 import pickle
 import re
@@ -16,11 +17,13 @@ from typing import Callable, Dict, Iterable, List, Tuple
 
 import numpy as np
 
+import checkpoints
 from errors import UserError
 
 Weights = Dict[str, np.ndarray]
 Predicate = Callable[[str], bool]  # on names
 PYTORCH_MAGIC = pickle.dumps(0x1950a86a20f9469cfc6c, protocol=2)  # first in files before 1.6
+NETWORK = 'network'  # name, in a file, of read_network()'s JSON as uint8 [bytes]
 CONVERT = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tools', 'convert_checkpoint.py')
 
 
@@ -41,7 +44,8 @@ def is_head(name: str) -> bool:
 
 def is_model(name: str) -> bool:
     """Whether this variable belongs to the model, not to an optimizer or the counter of steps."""
-    return not is_slot(name) and name not in ('global_step', 'beta1_power', 'beta2_power')
+    return not is_slot(name) and name not in (
+        'global_step', 'beta1_power', 'beta2_power', NETWORK)
 
 
 def head_dims(names: Iterable[str]) -> List[int]:
@@ -58,12 +62,30 @@ def load_weights(path: str, wanted: Predicate, variables) -> Weights:
 
 
 def check_weights(path: str, weights: Weights, variables) -> None:
-    """A UserError that lists every variable that is missing, left over, or of another shape."""
+    """A UserError that lists variables that are missing, left over, of another shape, or without
+    meaning."""
     problems = compare(weights, {v.op.name: tuple(v.shape.as_list()) for v in variables})
     if problems:
-        rest = [f'... and {len(problems) - 6} more'] if len(problems) > 6 else []
         raise UserError(f'{path}: does not fit this network (other depth, width, stem or recipe?): '
-                        + '; '.join(problems[:6] + rest))
+                        + enumerate_some(problems))
+    problems = find_dead(weights)
+    if problems:
+        raise UserError(f'{path}: is of a network that computes nothing: '
+                        + enumerate_some(problems))
+
+
+def find_dead(weights: Weights) -> List[str]:
+    """Which weights are not finite, or a layer of zeros: sentences."""
+    return ([f'{name} is not finite' for name, array in sorted(weights.items())
+             if array.dtype.kind == 'f' and not np.isfinite(array).all()] +
+            [f'{name} is zero' for name, array in sorted(weights.items())
+             if name.endswith('/W') and not array.any()])
+
+
+def enumerate_some(sentences: List[str]) -> str:
+    """The first six, and how many more."""
+    rest = [f'... and {len(sentences) - 6} more'] if len(sentences) > 6 else []
+    return '; '.join(sentences[:6] + rest)
 
 
 def compare(weights: Weights, shapes: Dict[str, tuple]) -> List[str]:
@@ -79,10 +101,10 @@ def find_checkpoint(path: str) -> str:
     """The file that a path means: an .npz, a file of PyTorch, a checkpoint (model-123, or one of
     its files), or the latest checkpoint of a folder."""
     if os.path.isdir(path):
-        latest = import_tensorflow('reading', path).train.latest_checkpoint(path)
+        latest = checkpoints.find_latest(path)
         if latest is None:
-            raise UserError(f'{path}: this folder holds no checkpoint '
-                            '(no file named "checkpoint" that points to one)')
+            raise UserError(f'{path}: this folder holds no checkpoint that is whole '
+                            '(model-123.index and model-123.data-00000-of-00001)')
         return latest
     if os.path.isfile(path) and (
             path.endswith(('.npz', '.pth', '.pth.tar', '.pt')) or tell_format(path)):
@@ -94,6 +116,18 @@ def find_checkpoint(path: str) -> str:
         return find_checkpoint(os.path.dirname(path) or '.')
     raise UserError(path + (': is not a checkpoint, an .npz or a file of PyTorch'
                             if os.path.exists(path) else ': does not exist'))
+
+
+def read_network(path: str) -> dict:
+    """What the network of these weights was: depth, width, stem, image_size (pixels), mean_bgr and
+    std_bgr (of channels, 0..255). Files of others, and old ones, do not tell: {}."""
+    text = read_weights(path, lambda name: name == NETWORK).get(NETWORK)
+    if text is None:
+        return {}
+    try:
+        return dict(json.loads(text.tobytes().decode()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{path}: its {NETWORK!r} cannot be read: {error}')
 
 
 def tell_format(path: str):
@@ -124,7 +158,7 @@ def read(path: str, wanted: Predicate, pytorch_reader=None) -> Tuple[Weights, Li
         return (read_npz if file_format == 'npz' else pytorch_reader or read_pytorch)(path, wanted)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile,
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, EOFError, zipfile.BadZipFile,
             zlib.error) as error:
         raise UserError(f'{path}: cannot be read as weights: {str(error) or type(error).__name__}')
 
@@ -135,10 +169,11 @@ def read_npz(path, wanted):
 
 
 def read_tensorflow(path, wanted):
-    tf = import_tensorflow('reading', path)
+    tf = checkpoints.import_tensorflow('reading', path)
     try:
-        reader = tf.train.NewCheckpointReader(path)
-        return read_wanted(reader.get_variable_to_shape_map(), reader.get_tensor, wanted)
+        with checkpoints.plain_name(path) as name:
+            reader = tf.train.NewCheckpointReader(name)
+            return read_wanted(reader.get_variable_to_shape_map(), reader.get_tensor, wanted)
     except tf.errors.OpError as error:
         raise ValueError(error)
 
@@ -165,13 +200,3 @@ def read_wanted(keys, get, wanted):
     names = {key[:-2] if key.endswith(':0') else key: key for key in keys}
     return ({name: get(key) for name, key in names.items() if wanted(name)},
             [name for name in names if not wanted(name)])
-
-
-def import_tensorflow(doing: str, path: str):
-    """TensorFlow; `doing` and `path` are for the message if it is missing."""
-    try:
-        from tensorpack import tfv1
-        return tfv1
-    except ImportError:
-        raise UserError(
-            f'{doing} {path}, a checkpoint of TensorFlow, needs TensorFlow and Tensorpack')

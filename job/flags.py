@@ -26,15 +26,17 @@ def add_run_flags(group, compiled: str) -> None:
 
 
 def add_network_flags(group) -> None:
-    """What the network is."""
+    """What the network is; weights that were trained here tell it themselves."""
     add = group.add_argument
-    add('--depth', type=int, default=50, choices=sorted(resnet.DEPTHS),
-        help='layers of the ResNet (default: 50)')
-    add('--width', type=int, default=64, help='channels of the first group (default: 64)')
-    add('--stem', default='imagenet', choices=sorted(resnet.STEMS), help='first layers: imagenet '
-        'is 7x7 of stride 2 and a pool; 3x3 and 3x3s2 (stride 2) are for small images (default: '
-        'imagenet)')
-    add('--image-size', type=int, default=224, help='of the square input, in pixels (default: 224)')
+    add('--depth', type=int, choices=sorted(resnet.DEPTHS),
+        help='layers of the ResNet (default: those of the weights, or 50)')
+    add('--width', type=int,
+        help='channels of the first group (default: those of the weights, or 64)')
+    add('--stem', choices=sorted(resnet.STEMS), help='first layers: imagenet is 7x7 of stride 2 '
+        'and a pool; 3x3 and 3x3s2 (stride 2) are for small images (default: that of the weights, '
+        'or imagenet)')
+    add('--image-size', type=int, help='of the square input, in pixels (default: that of the '
+        'training, or 224)')
 
 
 def add_training_flags(group, epochs: int, crop_area, lr: float, lr_help: str, decay: float,
@@ -65,7 +67,11 @@ def check(parser, args, *positive: str) -> None:
     for name in ('batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit', 'grace', 'width',
                  'image_size', *positive):
         value = getattr(args, name, None)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < float('inf'):
             parser.error(f'--{name.replace("_", "-")} must be positive, not {value}')
+    for name in ('max_steps', 'lr', 'weight_decay', 'knn_every'):
+        value = getattr(args, name, None)
+        if value is not None and not 0 <= value < float('inf'):
+            parser.error(f'--{name.replace("_", "-")} must not be negative, not {value}')
     if 'crop_area' in args and not 0 < args.crop_area[0] <= args.crop_area[1] <= 1:
         parser.error('--crop-area {} {}: needs 0 < MIN <= MAX <= 1'.format(*args.crop_area))

@@ -61,6 +61,13 @@ def broadcast(integers: List[int]) -> List[int]:
     return gather(integers)[0]
 
 
+def broadcast_text(text: str) -> str:
+    """Rank 0's text, likewise."""
+    words = text.encode()
+    length, = broadcast([len(words)])
+    return bytes(broadcast(list(words[:length].ljust(length)))).decode()
+
+
 def private_folder() -> str:
     """Agree on a path that no other job has; every host has a folder of its own there."""
     token = bytes(broadcast(list(os.urandom(8))))

@@ -4,17 +4,12 @@ import os
 import shlex
 import signal
 import subprocess
-import types
 
-import horovod.tensorflow as hvd
 import pytest
-from tensorpack import tfv1 as tf
-from tensorpack.utils import logger
 
-import trainer
 from commands import (
     MOCO, command, finish, run, start, start_command, write_images, write_script)
-from weights import read_weights
+from weights import find_checkpoint, read_weights
 
 # the second checkpoint is not finished
 KILLED_WHILE_SAVING = '''
@@ -47,7 +42,7 @@ def flags(tmp_path):
 
 def newest_step(logdir):
     """Of the newest checkpoint, which must be readable and of that step."""
-    path = tf.train.latest_checkpoint(str(logdir))
+    path = find_checkpoint(str(logdir))
     step = int(path.rpartition('-')[2])
     assert read_weights(path)['global_step'] == step
     return step
@@ -94,15 +89,3 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     step = newest_step(kept)
     output, _ = run('main_moco.py', *flags, '--max-steps', step + 1, '--logdir', kept)
     assert 'after step {}'.format(step) in output and newest_step(kept) == step + 1
-
-
-def test_no_checkpoint_is_kept_besides_the_newest(tmp_path, monkeypatch):
-    # TensorFlow would keep one of every so many hours for ever
-    hvd.init()
-    monkeypatch.setattr(logger, 'get_logger_dir', lambda: str(tmp_path))
-    with tf.Graph().as_default():
-        tf.get_variable('x', [])
-        save = trainer.Save(max_to_keep=3)
-        save.setup_graph(types.SimpleNamespace(is_chief=True))
-    assert save.saver.saver_def.keep_checkpoint_every_n_hours >= 1e6
-    assert save.saver.saver_def.max_to_keep == 3

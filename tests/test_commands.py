@@ -12,7 +12,7 @@ from tensorpack import tfv1 as tf
 
 import main_lincls
 import resnet
-from commands import MOCO, NETWORK, ROOT, read_json, run, two_at_a_time, write_images
+from commands import MOCO, ROOT, read_json, run, two_at_a_time, write_images
 from runs import assign
 from weights import is_backbone, is_model, read_weights
 
@@ -37,7 +37,7 @@ def runs(tmp_path_factory, images):
 
     def train_linear(*flags):
         outputs['linear'], _ = run(
-            'main_lincls.py', '--load', root / 'v1', '--data', images, *NETWORK, '--batch', 12,
+            'main_lincls.py', '--load', root / 'v1', '--data', images, '--batch', 12,
             '--epochs', 2, '--logdir', root / 'linear', *flags)
 
     def v1_and_linear():
@@ -189,7 +189,7 @@ def test_a_changed_backbone_is_an_error():
 # ---- kNN
 
 def test_knn_writes_its_result_next_to_each_checkpoint(v1, images):
-    run('eval_knn.py', '--load', v1, '--all', '--data', images, *NETWORK, '--k', 5)
+    run('eval_knn.py', '--load', v1, '--all', '--data', images, '--k', 5)
     for step in (6, 12):
         result = read_json(v1, 'model-{}.knn.json'.format(step))
         assert result['load'].endswith('model-{}'.format(step))
@@ -199,7 +199,7 @@ def test_knn_writes_its_result_next_to_each_checkpoint(v1, images):
 
 
 def test_knn_of_the_head(v2, images):
-    run('eval_knn.py', '--load', v2, '--head', '--data', images, *NETWORK)
+    run('eval_knn.py', '--load', v2, '--head', '--data', images)
     assert read_json(v2, 'model-0.head.knn.json')['features'] == 'head'
 
 
@@ -219,9 +219,9 @@ def test_knn_of_pixels(images, tmp_path):
 def test_nothing_but_the_log_is_seen(v1, images, tmp_path, monkeypatch, script, ranks):
     flags = {
         'main_moco.py': [*MOCO, '--data', images, '--max-steps', 2, '--logdir', tmp_path],
-        'main_lincls.py': [*NETWORK, '--load', v1, '--data', images, '--batch', 12,
-                           '--max-steps', 2, '--logdir', tmp_path],
-        'eval_knn.py': [*NETWORK, '--load', v1, '--data', images, '--out', tmp_path / 'out.json'],
+        'main_lincls.py': ['--load', v1, '--data', images, '--batch', 12, '--max-steps', 2,
+                           '--logdir', tmp_path],
+        'eval_knn.py': ['--load', v1, '--data', images, '--out', tmp_path / 'out.json'],
         'tools/convert_checkpoint.py': [v1, tmp_path / 'out.npz']}[script]
     for name in ('TF_CPP_MIN_LOG_LEVEL', 'KMP_BLOCKTIME'):  # conftest.py's
         monkeypatch.delenv(name)

@@ -22,7 +22,7 @@ from errors import one_line
 from job import cores
 from processes import find_processes, name_process, read_rank, wait_until
 from runs import MARKER
-from weights import read_weights
+from weights import find_checkpoint, read_weights
 
 
 class Run:
@@ -49,7 +49,7 @@ class Run:
         return self.process.returncode, errors.splitlines()
 
     def last_step(self):
-        return int(tf.train.latest_checkpoint(self.logdir).rsplit('-', 1)[1])
+        return int(find_checkpoint(self.logdir).rsplit('-', 1)[1])
 
     def read_marker(self):
         path = os.path.join(self.logdir, MARKER)
@@ -72,16 +72,26 @@ def find_worker_of_busy_server(run):
     return run.workers[-1]
 
 
+def send_to_all(run):
+    """Send SIGUSR1 to all processes but horovodrun, as a scheduler does; the second rank gets it
+    twice."""
+    for pid in run.trainers + [run.server] + run.workers:
+        os.kill(pid, signal.SIGUSR1)
+    return run.trainers[1]
+
+
 # name: (ranks, whom it hits, by which signal)
 FAULTS = {
     'SIGTERM': (1, lambda run: run.process.pid, signal.SIGTERM),
     'SIGINT': (1, lambda run: run.process.pid, signal.SIGINT),
+    'SIGHUP': (1, lambda run: run.process.pid, signal.SIGHUP),
     'trainer killed': (1, lambda run: run.process.pid, signal.SIGKILL),
     'server killed': (1, lambda run: run.server, signal.SIGKILL),
     'worker killed': (1, lambda run: run.workers[-1], signal.SIGKILL),
     'worker killed, server busy': (1, find_worker_of_busy_server, signal.SIGKILL),
     'SIGTERM to horovodrun': (2, lambda run: run.process.pid, signal.SIGTERM),
     'SIGTERM to a rank': (2, lambda run: run.trainers[1], signal.SIGTERM),
+    'SIGUSR1 to all': (2, send_to_all, signal.SIGUSR1),
     'server of two killed': (2, lambda run: run.server, signal.SIGKILL),
     'worker of two killed': (2, lambda run: run.workers[-1], signal.SIGKILL),
     'rank killed': (2, lambda run: run.trainers[1], signal.SIGKILL),
@@ -125,7 +135,7 @@ def test_nothing_is_left_and_one_line_says_why(ends, name, code, errors):
     assert ends[name][4] is None
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_who_is_asked_to_end_writes_a_checkpoint_first(ends, name):
     code, errors, _, step, marker = ends[name]
     line = 'stopped by {} after step {}: the same command continues'.format(name, step)
@@ -134,6 +144,7 @@ def test_who_is_asked_to_end_writes_a_checkpoint_first(ends, name):
 
 @pytest.mark.parametrize('name, who', [
     ('SIGTERM to horovodrun', ['SIGTERM', 'SIGTERM']),
+    ('SIGUSR1 to all', ['SIGUSR1', 'SIGUSR1']),
     ('SIGTERM to a rank', ['a signal to another rank', 'SIGTERM'])])
 def test_all_ranks_end_after_the_same_step(ends, name, who):
     _, errors, _, step, marker = ends[name]
@@ -368,7 +379,7 @@ def test_a_loss_that_is_not_finite_ends_all_and_is_not_saved(tmp_path):
     assert process.returncode != 0
     assert re.search(r'rank \d: (loss is (nan|inf) at|.* is not finite after) step \d+: stopped; '
                      'checkpoints are of earlier steps', errors)
-    path = tf.train.latest_checkpoint(str(tmp_path / 'log'))
+    path = find_checkpoint(str(tmp_path / 'log'))
     if path:  # there may have been no good step
         for name, value in read_weights(path).items():
             assert np.isfinite(value).all(), name

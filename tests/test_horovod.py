@@ -9,7 +9,7 @@ from tensorpack import tfv1 as tf
 import resnet
 import runs
 import views
-from commands import MOCO, NETWORK, read_json, run, write_images
+from commands import MOCO, read_json, run, write_images
 from image_lists import list_images
 from images import read_image
 from weights import is_model, load_weights
@@ -121,7 +121,7 @@ def test_online_knn_is_that_of_the_checkpoint(pretrained, images):
     # with one rank, three workers:
     # the passes' one and four batches are no whole rounds of their turns
     for ranks, flags in ((1, ['--workers', 3, '--batch', 18]), (2, [])):
-        run('eval_knn.py', '--load', pretrained, '--all', '--data', images, *NETWORK, *flags,
+        run('eval_knn.py', '--load', pretrained, '--all', '--data', images, *flags,
             ranks=ranks)
         for step, knn in online:
             result = read_json(pretrained, 'model-{}.knn.json'.format(step))
@@ -145,7 +145,7 @@ def classify(checkpoint, images):
 
 
 def test_sharded_validation_is_exact(pretrained, images, tmp_path):
-    run('main_lincls.py', '--load', pretrained, '--data', images, *NETWORK, '--batch', 10,
+    run('main_lincls.py', '--load', pretrained, '--data', images, '--batch', 10,
         '--steps-per-epoch', 3, '--max-steps', 6, '--logdir', tmp_path, ranks=2)
     epochs = read_json(tmp_path, 'stats.json')
     assert [epoch['global_step'] for epoch in epochs] == [3, 6]

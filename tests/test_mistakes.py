@@ -1,4 +1,5 @@
 """Bad input: one clear line before any training, and nothing left behind."""
+import json
 import os
 import re
 import resource
@@ -13,13 +14,14 @@ from tensorpack import tfv1 as tf
 import eval_knn
 import main_lincls
 import main_moco
+import network
 import resnet
 from commands import MOCO, NETWORK, PATIENCE, ROOT, finish, start, two_at_a_time, write_images
 from job import cores
 from job.start import mixed_precision_rewrite
 from moco import MOCOModel
 from tools import convert_checkpoint
-from weights import is_backbone, read_weights
+from weights import is_backbone, is_model, read_weights
 
 
 def save_model(path, recipe, depth=18):
@@ -70,6 +72,24 @@ def folder(tmp_path_factory):
     convert_checkpoint.convert(str(folder / 'v1-18'), str(folder / 'weights' / 'model-0'))
     np.savez(str(folder / 'backbone.npz'),
              **read_weights(str(folder / 'v1-18'), is_backbone))
+    small = read_weights(str(folder / 'v1-18'), is_model)
+    told = dict(network.PUBLISHED, depth=18, width=8, stem='3x3s2', image_size=16)
+    np.savez(str(folder / 'told.npz'),
+             network=np.frombuffer(json.dumps(told).encode(), np.uint8), **small)
+    np.savez(str(folder / 'nan.npz'), **dict(small, **{'group0/block0/conv1_bn/beta': np.full(
+        8, np.nan, np.float32)}))
+    np.savez(str(folder / 'zero.npz'), **{name: 0 * value for name, value in small.items()})
+    # all of them live, but what comes last is always below zero
+    np.savez(str(folder / 'dead.npz'), **dict(small, **{'group3/block1/conv2_bn/beta': np.full(
+        64, -1e9, np.float32)}))
+    os.mkfifo(str(folder / 'pipe'))
+    write_images(folder / 'vehicles' / 'train', 3, 0)
+    write_images(folder / 'vehicles' / 'bus', 3, 0)
+    write_images(folder / 'vehicles' / 'boat', 3, 0)
+    write_images(folder / 'dangling', 12, 6)
+    (folder / 'dangling' / 'train' / 'violet').symlink_to('/nowhere/violet')
+    shutil.copytree(str(folder / 'v1-18'), str(folder / 'no_index'))
+    (folder / 'no_index' / 'model-0.data-00000-of-00001').unlink()
     shutil.copytree(ROOT, str(folder / 'unbuilt'), ignore=shutil.ignore_patterns(
         'build', '.*', 'datasets', 'train_log', 'tests'))
     return folder
@@ -84,7 +104,8 @@ def lincls(*flags, data='images', **kwargs):
 
 
 def knn(*flags, data='images', **kwargs):
-    return ('eval_knn.py', ['--data', data] + NETWORK + list(flags), kwargs)
+    network = ['--image-size', '16'] if '--pixels' in flags else NETWORK
+    return ('eval_knn.py', ['--data', data] + network + list(flags), kwargs)
 
 
 # name: (command line, words of the error)
@@ -112,6 +133,31 @@ MISTAKES = {
     'knn of no head': (knn('--load', 'backbone.npz', '--head'), ['backbone.npz', 'holds no head']),
     'knn result nowhere': (knn('--load', 'v1-18', '--out', 'nowhere/x.json'),
                            ['nowhere/x.json: cannot be written']),
+    'knn result in a pipe': (knn('--load', 'v1-18', '--out', 'pipe'),
+                             ['--out pipe: is no regular file']),
+    'knn result over a text': (knn('--load', 'v1-18', '--out', 'text'), ['--out text: is there']),
+    'load of nothing beside a run': (
+        moco('--load', 'nowhere', '--logdir', 'v1-18'), ['nowhere: does not exist']),
+    'knn of another stem': (
+        knn('--load', 'told.npz', '--stem', '3x3'),
+        ['--stem 3x3: the weights of told.npz are of --stem 3x3s2']),
+    'linear of another stem': (
+        lincls('--load', 'told.npz', '--stem', '3x3'),
+        ['--stem 3x3: the weights of told.npz are of --stem 3x3s2']),
+    'knn of not a number': (
+        knn('--load', 'nan.npz'), ['nan.npz', 'group0/block0/conv1_bn/beta is not finite']),
+    'linear of not a number': (
+        lincls('--load', 'nan.npz'), ['nan.npz', 'group0/block0/conv1_bn/beta is not finite']),
+    'knn of zeros': (knn('--load', 'zero.npz'), ['zero.npz', 'conv0/W is zero', 'and ']),
+    'knn of dead features': (knn('--load', 'dead.npz'), ['dead.npz', 'features', 'the same']),
+    'linear of dead features': (
+        lincls('--load', 'dead.npz'), ['dead.npz', 'features', 'the same']),
+    'a run without data files': (
+        moco('--logdir', 'no_index'), ['--logdir no_index', 'model-0.index', 'write over it']),
+    'a class that is called train': (
+        moco(data='vehicles'), ['train/ the training images, or a class', 'boat', 'bus']),
+    'a class that is a dangling link': (
+        lincls('--load', 'v1-18', data='dangling'), ['violet', '/nowhere/violet']),
     'splits': (moco('--bn-splits', 3), ['--bn-splits 3', '8 images', '1, 2, 4, 8']),
     'batch over images': (moco('--batch', 16), ['12 images', '--batch of 16']),
     'logdir below a file': (
@@ -197,6 +243,10 @@ def test_a_mistake_gets_one_line(failures, name):
     (['--fake', '--temp', '0'], ['--temp must be positive, not 0.0']),
     (['--fake', '--image-size', '0'], ['--image-size must be positive, not 0']),
     (['--fake', '--width', '-1'], ['--width must be positive, not -1']),
+    (['--fake', '--epochs', 'nan'], ['--epochs must be positive, not nan']),
+    (['--fake', '--lr', '-1'], ['--lr must not be negative, not -1.0']),
+    (['--fake', '--max-steps', '-1'], ['--max-steps must not be negative, not -1']),
+    (['--fake', '--momentum', '1.5'], ['--momentum must be 0 to 1, not 1.5']),
     ([], ['either --data DIR or --fake'])])
 def test_flags_that_make_no_sense(flags, words, capsys):
     with pytest.raises(SystemExit) as error:
@@ -210,6 +260,7 @@ def test_flags_that_make_no_sense(flags, words, capsys):
     ([], 'either --load FILE or --pixels'),
     (['--pixels', '--head'], '--pixels has neither'),
     (['--pixels', '--all'], '--pixels has neither'),
+    (['--pixels', '--stem', '3x3'], '--pixels has no network'),
     (['--load', 'x', '--all', '--out', 'y'], '--all writes one next to each'),
     (['--load', 'x', '--k', '0'], '--k must be positive, not 0'),
     (['--load', 'x', '--knn-temp', '0'], '--knn-temp must be positive, not 0.0')])

@@ -12,6 +12,7 @@ import inputs
 import main_lincls
 import main_moco
 import moco
+import network
 import resnet
 import runs
 from test_resnet import is_compiled
@@ -538,6 +539,7 @@ def test_linear_schedule():
 
 def test_defaults_are_the_published_recipe():
     args = main_moco.parse_args(['--fake'])
+    assert network.settle(args, None) == network.PUBLISHED
     assert (args.depth, args.width, args.stem, args.image_size) == (50, 64, 'imagenet', 224)
     assert (args.batch, args.epochs, args.lr, args.weight_decay) == (256, 200, 0.03, 1e-4)
     assert (args.queue_size, args.momentum, args.bn_splits, args.crop_area) == (

@@ -43,8 +43,8 @@ sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]
 
 from commands import MOCO, PATIENCE, start, write_images, write_script  # noqa: E402
 from processes import find_job, list_processes, name_process  # noqa: E402
-from tensorpack import tfv1 as tf  # noqa: E402
 
+import checkpoints  # noqa: E402
 from weights import read_weights  # noqa: E402
 
 EPOCH, EPOCHS = 5, 60  # steps, and a checkpoint, in each
@@ -76,7 +76,7 @@ trainer.Save = SaveEveryStep
 
 def newest_step(logdir):
     """Of the newest checkpoint in a log folder; -1 if there is none."""
-    path = tf.train.latest_checkpoint(logdir)
+    path = checkpoints.find_latest(logdir) if os.path.isdir(logdir) else None
     return -1 if path is None else int(path.rpartition('-')[2])
 
 
