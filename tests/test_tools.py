@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from tools import demo, plot_curves, prepare_cifar10
+from processes import find_processes, wait_until
+from terminals import run_python, see
+from tools import demo, plot_curves, prepare_cifar10, stages
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -88,6 +91,9 @@ def test_command_draws_a_picture(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("stats, complaint", [
     (None, "cannot read {}: No such file"),
     ("[{", "{} is not JSON"),
+    ("", "{} is not JSON"),
+    ("[" * 100000, "{} is not JSON"),
+    ('[{"loss": NaN, "epoch_num": 1}, {"loss": 1, "epoch_num": Infinity}]', "nothing to draw"),
     ("{}", "{} is not a list of epochs"),
     ("[]", "{} is not a list of epochs"),
     ("[1]", "{} is not a list of epochs"),
@@ -103,6 +109,54 @@ def test_bad_stats_are_one_clear_error(tmp_path, monkeypatch, stats, complaint):
         plot_curves.main()
     assert complaint.format(os.path.join(run, "stats.json")) in exit.value.code
     assert "\n" not in exit.value.code
+
+
+NAMES = ["_old", "a$$b", "a_b^c", "\\alpha$", "$x", "100%s", "new\nline", "b\udcffd", "n" * 90]
+SHOWN = ["_old", "a$$b", "a_b^c", "\\alpha$", "$x", "100%s", "new\ufffdline", "b\ufffdd",
+         "n" * 20 + "\u2026" + "n" * 19]
+ODD = """[{"loss": NaN, "queue_size": NaN}, {"loss": 2}, {"loss": 1%s, "queue_size": Infinity},
+    {"loss": 1, "queue_size": -1}, {"loss": 1.5, "epoch_num": 7}]""" % ("0" * 400)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+@pytest.mark.parametrize("first, count", [(i, 1) for i in range(len(NAMES))] + [(0, len(NAMES))])
+def test_any_name_is_shown_as_it_is(tmp_path, monkeypatch, ending, first, count):
+    from matplotlib.figure import Figure
+    shown = []
+
+    def savefig(figure, *args, **kwargs):
+        shown.extend(figure.texts + [t for legend in figure.legends for t in legend.get_texts()])
+        save(figure, *args, **kwargs)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    stats = plot_curves.read_stats(write_stats(tmp_path / "run", ODD))
+    panels = plot_curves.collect_panels([stats] * count)
+    assert [(s.x, s.y) for s in panels[0].series] == [((2, 4, 7), (2, 1, 1.5))] * count
+    assert not panels[0].levels
+    out = str(tmp_path / ("x." + ending))
+    plot_curves.draw(panels, NAMES[first:first + count], out)
+    # matplotlib shows this instead of an escaped dollar, where there is no formula
+    assert [t.get_text().replace("\\$", "$") for t in shown] == SHOWN[first:first + count]
+    if ending == "svg":
+        with open(out, encoding="utf-8") as f:
+            comments = re.findall("<!-- (.*?) -->", f.read())
+        assert set(SHOWN[first:first + count]) <= {
+            c.replace("&#36;", "$").replace("\\$", "$") for c in comments}
+
+
+@pytest.mark.parametrize("there, replaced", [
+    (b"\x89PNG, an old picture", True), (b"", True), (b"text", False), (b"%PDF", False)])
+def test_only_a_picture_is_replaced(tmp_path, monkeypatch, there, replaced):
+    (tmp_path / "x.png").write_bytes(there)
+    run = write_stats(tmp_path / "run", PRETRAIN)
+    monkeypatch.setattr(sys, "argv", ["plot_curves.py", run, "--out", str(tmp_path / "x.png")])
+    if replaced:
+        plot_curves.main()
+    else:
+        with pytest.raises(SystemExit, match="--out .*x.png: is there, and is no picture"):
+            plot_curves.main()
+    assert ((tmp_path / "x.png").read_bytes() == there) != replaced
+    assert sorted(os.listdir(str(tmp_path))) == ["run", "x.png"]
 
 
 def test_run_names_take_parents_only_where_they_must():
@@ -259,6 +313,16 @@ def test_prepare_is_safe_to_repeat(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="remove it or name another"):
         prepare_cifar10.prepare(str(tmp_path / "own"))
     assert os.listdir(str(tmp_path / "own")) == ["train"] and len(calls) == 2
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="remove it or name another"):
+        prepare_cifar10.prepare(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+    # a link to an empty folder stays, and leads to the images
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    prepare_cifar10.prepare(str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "train").is_dir()
 
 
 # ---- the demo
@@ -293,6 +357,105 @@ def test_demo_does_a_stage_once_and_begins_anew_after_a_changed_one(tmp_path, ca
     assert run_all(["1", "4", "3"]) == 0
     with pytest.raises(SystemExit, match="failed with exit code"):
         demo.Stages(str(tmp_path)).run("d", "d", "false")
+
+
+# colours, a bar of pip, and progress that is drawn twice
+STAGE = (
+    "from job.terminal import DRAW, CLEAR\n"
+    "for part in ('\\x1b[32mgreen\\x1b[0m\\n', '10 %\\r100 %\\n',\n"
+    "             DRAW.format('epoch 1/2  10%|█  | 1/10'), DRAW.format('epoch 1/2  60%|█  | 6/10'),\n"
+    "             'of another rank\\n', CLEAR + 'the end\\n'):\n"
+    "    print(part, end='', flush=True)")
+
+
+def write_stage(tmp_path, code):
+    """A command line that runs Python code."""
+    (tmp_path / "stage.py").write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\n{code}")
+    return f"{sys.executable} {tmp_path / 'stage.py'}"
+
+
+def test_demo_log_has_all_lines_but_no_progress(tmp_path):
+    command = write_stage(tmp_path, STAGE)
+    demo.Stages(str(tmp_path)).run("a", "a", command)
+    assert (tmp_path / "a.log").read_bytes().decode() == (
+        f"$ {command}\ngreen\n100 %\nof another rank\nthe end\n")
+
+
+def test_demo_without_a_terminal_says_nothing_twice(tmp_path, monkeypatch, capsys):
+    command = write_stage(tmp_path, STAGE + "\nimport time; time.sleep(3)")
+    monkeypatch.setattr(stages, "SIGN", 0)
+    demo.Stages(str(tmp_path)).run("a", "A title", command)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["", "== A title", f"   {command}"] and len(lines) == len(set(lines))
+    assert lines[-1] == "   ... epoch 1/2  60%, 6/10"
+
+
+def test_demo_on_a_terminal_has_a_line_for_each_stage(tmp_path):
+    stats = json.dumps([{"epoch_num": 1, "loss": 2.5}, {"epoch_num": 2, "loss": 1.25}])
+    code = ("import sys; from tools.stages import Stages\n"
+            "stages = Stages(sys.argv[1], {'b': 60})\n"
+            "for name, words in zip('ab', sys.argv[2:]):\n"
+            "    stages.run(name, 'Stage ' + name, words, None, sys.argv[1] + '/stats.json')")
+    command = write_stage(tmp_path, STAGE + "\nimport time; time.sleep(1)")
+    (tmp_path / "stats.json").write_text(stats)
+    text = run_python(code, str(tmp_path), "true", command)
+    assert [re.sub("[0-9]:[0-9]+", "0:00", line) for line in see(text)] == [
+        f"commands and their output: {tmp_path}/*.log",
+        "Stage a: 0:00, loss 1.250", "Stage b: 0:00, loss 1.250"]
+    assert re.search(r"\d+%\|.{10}\| \d+:\d\d left, b: epoch 1/2  60%\|█  \| 6/10\r", text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "ignored"])
+def test_demo_ends_with_its_stage(tmp_path, number, ignored):
+    command = write_stage(tmp_path, "import time; time.sleep(1000)")
+    code = ("import argparse, sys; from tools import demo; demo.PYTHON = sys.argv[1]\n"
+            "demo.main(argparse.Namespace(data='x', logdir=sys.argv[2]))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, command, str(tmp_path)], cwd=ROOT,
+        stdout=subprocess.PIPE, universal_newlines=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    try:
+        stage = str(tmp_path / "stage.py") + "\0tools/"
+        wait_until(lambda: find_processes(stage))
+        process.send_signal(number)
+        if ignored and number != signal.SIGTERM:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            number = signal.SIGTERM
+            process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "the same command goes on" in output
+        assert not find_processes(stage)
+    finally:
+        process.kill()
+        for pid in find_processes(stage):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("text", ["", '{"a": {"comm', "[1]"])
+def test_demo_says_that_its_record_is_damaged(tmp_path, capsys, text):
+    (tmp_path / "stages.json").write_text(text)
+    demo.Stages(str(tmp_path)).run("a", "a", "true")
+    assert "stages.json cannot be read: every stage is looked at again" in capsys.readouterr().out
+    assert json.loads((tmp_path / "stages.json").read_text())["a"]["done"]
+
+
+@pytest.mark.parametrize("own", ["", "linked"])
+def test_demo_removes_nothing_outside_its_folder(tmp_path, own):
+    (tmp_path / "other" / "moco").mkdir(parents=True)
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "other")
+    output = str((folder / own if own else tmp_path / "other") / "moco")
+    demo.Stages(str(folder)).run("a", "a", "true", output)
+    for path in (output, str(folder), str(folder / ".." / "other")):
+        record = json.loads((folder / "stages.json").read_text())
+        record["a"]["output"] = path
+        (folder / "stages.json").write_text(json.dumps(record))
+        with pytest.raises(SystemExit, match="which is not in"):
+            demo.Stages(str(folder)).run("a", "a", "sh -c true", output)
+    assert os.listdir(str(tmp_path / "other")) == ["moco"]
 
 
 # ---- the environment
@@ -351,6 +514,7 @@ case "$1 $2" in
             "${HOROVOD_GPU_OPERATIONS:-${HOROVOD_GPU_ALLREDUCE:-cpu}${HOROVOD_GPU_ALLREDUCE:+ 2.6}}"
             detail "wheel for $HOROVOD_BUILD_CUDA_CC_LIST with $HOROVOD_CUDA_HOME," \
                 "NCCL $HOROVOD_NCCL_LINK $HOROVOD_NCCL_HOME"
+            detail "built in $TMPDIR"
             for last; do :; done; cp -r "$last/." "$CALLS.source"
             case "$HOROVOD_CUDA_HOME:$NCCL_ERROR" in
                 ?*:?*) echo "error: $NCCL_ERROR"; exit 1 ;;
@@ -567,6 +731,22 @@ def test_runtime_and_build_follow_from_the_machine(tmp_path, pythons, gpu, setti
     assert [path.name for path in clone.path.glob(".venv-tf?")] == [venv]  # no half-made one
     left = {path.name.split(".")[0] for path in tmp_path.iterdir()}  # in TMPDIR
     assert left == {"a clone", "bin", "calls", "fake-nvcc"}
+
+
+@pytest.mark.parametrize("lack", ["nothing", "programs", "room", "folder"])
+def test_tmpdir_that_cannot_be_built_in_is_not_used(tmp_path, lack):
+    clone, tmp = Clone(tmp_path, ["3.12"], False), tmp_path / "tmp"
+    if lack != "folder":
+        tmp.mkdir()
+    for name, lacking, script in (("chmod", "programs", "exit 0"),  # what it leaves does not run
+                                  ("df", "room", "echo head; echo 'disk 9 9 9 1 /'; exit 0")):
+        (clone.bin / name).rename(clone.bin / ("other-" + name))
+        fake_command(clone.bin / name, 'case "%s $2" in %s*%s/*) %s ;; esac; exec %s "$@"' % (
+            lack, lacking, tmp, script, clone.bin / ("other-" + name)))
+    assert clone.make_env(TMPDIR=str(tmp))[1] == TF2_CPU
+    where = re.search("^built in (.*)$", clone.details(), re.M).group(1)
+    assert os.path.dirname(where) == str(tmp if lack == "nothing" else clone.path)
+    assert not os.path.exists(where) and (lack == "folder" or os.listdir(str(tmp)) == [])
 
 
 @pytest.mark.parametrize("pythons, found", [

@@ -92,9 +92,20 @@ complete() {
 
 # ---- running what takes long
 
+# usable FOLDER: whether programs run there, as pip's and Horovod's builds do, and 4 GB fit in, as
+# the packages of a GPU build do
+usable() {
+    printf '#!/bin/sh\n' > "$1/probe" && chmod +x "$1/probe" && "$1/probe" &&
+        (($(df -Pk "$1" | awk 'NR == 2 {print $4}') >= 4 * 1024 * 1024))
+} 2> /dev/null
+
 callers_tmpdir=${TMPDIR:-/tmp}
-scratch=$(mktemp -d)
+scratch=$(mktemp -d 2> /dev/null) || scratch=
 trap 'rm -rf "$scratch"' EXIT
+if [[ -z $scratch ]] || ! usable "$scratch"; then
+    rm -rf "$scratch"
+    scratch=$(mktemp -d "$PWD/.venv-tmp.XXXXXX") || fail "$PWD cannot be written"
+fi
 export TMPDIR=$scratch
 
 child=

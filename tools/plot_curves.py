@@ -8,12 +8,18 @@ run has it: the contrastive loss with its chance level ln(K+1), (K+1)-way accura
 kNN top-1 and, of linear classification, training and validation error. Runs are told apart by their
 folders' names.
 """
+import os
+import sys
+
+if __name__ == '__main__':
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import argparse
 import collections
 import json
 import math
-import os
-import sys
+
+import outputs
 
 # how to draw a key of stats.json: in which panel, the line's name and style, value -> value shown
 Curve = collections.namedtuple('Curve', 'panel name style convert')
@@ -35,6 +41,10 @@ Series = collections.namedtuple('Series', 'run name style x y')
 Panel = collections.namedtuple('Panel', 'title series levels')
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
+# the first bytes of pictures
+MAGIC = {'png': b'\x89PNG', 'pdf': b'%PDF', 'svg': b'<?xml', 'jpg': b'\xff\xd8',
+         'jpeg': b'\xff\xd8'}
+
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 
 
@@ -47,10 +57,10 @@ def read_stats(run):
     path = os.path.join(run, 'stats.json')
     try:
         with open(path) as f:
-            stats = json.load(f)
+            stats = json.load(f, parse_int=float)  # without limit
     except OSError as e:
         raise ValueError(f'cannot read {path}: {e.strerror}')
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{path} is not JSON: {e}')
     if not isinstance(stats, list) or not stats or not all(isinstance(e, dict) for e in stats):
         raise ValueError(f'{path} is not a list of epochs, as training writes it')
@@ -90,17 +100,26 @@ def collect_panels(runs):
                     entry[LINEAR_RATE] = entry.pop('learning_rate')
         for key, curve in CURVES.items():
             points = [(entry.get('epoch_num', i), curve.convert(entry[key]))
-                      for i, entry in enumerate(stats, 1) if key in entry]
+                      for i, entry in enumerate(stats, 1) if key in entry and
+                      math.isfinite(entry[key]) and math.isfinite(entry.get('epoch_num', i))]
             if points:
                 x, y = zip(*points)
                 panels[curve.panel].series.append(Series(run, curve.name, curve.style, x, y))
 
     queue_sizes = {entry['queue_size'] for stats in runs for entry in stats
                    if 'queue_size' in entry and 'loss' in entry}
-    for size in sorted(queue_sizes):
+    for size in sorted(size for size in queue_sizes if 0 < size < math.inf):
         chance = math.log(size + 1), f'chance, ln({size:.0f} + 1)'
         panels[CURVES['loss'].panel].levels.append(chance)
     return [panel for panel in panels.values() if panel.series]
+
+
+def label(name):
+    """A name as matplotlib shows it: in one line, short, and none of it as a formula."""
+    text = ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in name)
+    if len(text) > 40:
+        text = text[:20] + '\N{HORIZONTAL ELLIPSIS}' + text[-19:]
+    return text.replace('$', r'\$')
 
 
 def draw(panels, names, out):
@@ -109,6 +128,7 @@ def draw(panels, names, out):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
+    names = [label(name) for name in names]
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     size = 4.4 * columns, 3.1 * rows + 0.5
@@ -119,13 +139,19 @@ def draw(panels, names, out):
         draw_panel(axis, panel)
 
     # one legend for all panels, of the runs
+    lines_below = 0
     if len(names) > 1:
         lines = [plt.Line2D([], [], color=COLOURS[i % len(COLOURS)]) for i in range(len(names))]
-        fig.legend(lines, names, loc='lower center', ncol=min(len(names), 4), frameon=False)
+        columns = min(len(names), 4, 1 + int(10 * size[0] / (8 + max(map(len, names)))))
+        legend = fig.legend(lines, lines, loc='lower center', ncol=columns, frameon=False)
+        for text, name in zip(legend.get_texts(), names):  # (of its own, it hides _names)
+            text.set_text(name)
+        lines_below = -(-len(names) // columns)
     else:
         fig.suptitle(names[0], x=0.01, ha='left', fontsize=11, color='0.35')
-    fig.tight_layout(rect=(0, 0.12 / rows if len(names) > 1 else 0, 1, 1))
-    fig.savefig(out, dpi=130)
+    inches_below = 0.2 + 0.22 * lines_below if lines_below else 0
+    fig.tight_layout(rect=(0, min(inches_below / size[1], 0.7), 1, 1))
+    fig.savefig(out, dpi=130, format=picture_format(out))
     plt.close(fig)
 
 
@@ -157,6 +183,10 @@ def draw_panel(axis, panel):
         axis.spines[side].set_visible(False)
 
 
+def picture_format(path):
+    return os.path.splitext(path)[1][1:].lower() or 'png'
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,10 +197,13 @@ def main():
         panels = collect_panels([read_stats(run) for run in args.runs])
         if not panels:
             raise ValueError('nothing to draw in stats.json of ' + ', '.join(args.runs))
-        draw(panels, name_runs(args.runs), args.out)
+        magic = MAGIC.get(picture_format(args.out), b'no other is known')
+        outputs.check_output(args.out, outputs.starts_with(magic), '--out', 'picture of this kind')
+        with outputs.replace(args.out) as path:
+            draw(panels, name_runs(args.runs), path)
     except (OSError, ValueError) as e:
         sys.exit(f'plot_curves.py: error: {e}')
-    print(f'wrote {args.out}')
+    print('wrote ' + os.fsencode(args.out).decode(errors='replace'))
 
 
 if __name__ == '__main__':

@@ -147,7 +147,7 @@ def is_prepared(dst):
         with open(os.path.join(dst, MARKER)) as f:
             if f.read().strip() == DIGEST:
                 return True
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not os.path.exists(dst) or os.path.isdir(dst) and not os.listdir(dst):
             return False
     raise OSError(f'{dst} exists and is not CIFAR-10 as this script makes it; '
@@ -161,7 +161,7 @@ def prepare(dst):
         OSError: no network, no disk, or dst is something else.
         ValueError: the download is not CIFAR-10.
     """
-    dst = os.path.abspath(dst)
+    dst = os.path.realpath(dst)
     parent, name = os.path.split(dst)
     os.makedirs(parent, exist_ok=True)
     lock = os.open(parent, os.O_RDONLY)
