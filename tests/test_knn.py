@@ -59,3 +59,12 @@ def test_of_equal_votes_the_first_class_wins():
 def test_rows_of_length_one():
     x = eval_knn.normalize(np.array([[3, 4], [0, 0]], np.float32))
     np.testing.assert_allclose(x, [[0.6, 0.8], [0, 0]], rtol=1e-6)  # no division by zero
+
+
+@pytest.mark.parametrize('temp', [0.01, 1e-3, 1e-30])
+def test_cold_votes_do_not_overflow(temp):
+    # exp(0.999 / 0.01) is 2e43, beyond float32; the two nearest ones outvote many that are not
+    similarity = np.array([[0.999, 0.999] + [0.2] * 9, [-0.9] * 11], np.float32)
+    labels = np.array([[1, 1] + [0] * 9, [2] * 6 + [0] * 5])
+    with np.errstate(over='raise', invalid='raise'):
+        assert eval_knn.knn_vote(similarity, labels, 3, temp).tolist() == [1, 2]
