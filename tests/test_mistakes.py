@@ -153,7 +153,7 @@ MISTAKES = {
     'linear of dead features': (
         lincls('--load', 'dead.npz'), ['dead.npz', 'features', 'the same']),
     'a run without data files': (
-        moco('--logdir', 'no_index'), ['--logdir no_index', 'model-0.index', 'write over it']),
+        moco('--logdir', 'no_index'), ['--logdir no_index', 'model-0.index', 'would write over']),
     'a class that is called train': (
         moco(data='vehicles'), ['train/ the training images, or a class', 'boat', 'bus']),
     'a class that is a dangling link': (
