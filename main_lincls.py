@@ -28,11 +28,12 @@ import network
 import resnet
 import runs
 import weights
+from callbacks import Save
 from errors import UserError
 from job import flags, ranks, start
 from job.server import DataServer
 from train_step import train_step
-from trainer import Save, Trainer
+from trainer import Trainer
 
 MILESTONES = (0.6, 0.7, 0.8, 0.9)  # of the epochs: the learning rate falls 10-fold at each
 

@@ -36,12 +36,13 @@ import network
 import resnet
 import runs
 import weights
+from callbacks import Save
 from errors import UserError
 from eval_knn import OnlineKNN
 from job import flags, ranks, start
 from job.server import DataServer
 from moco import MOCOModel
-from trainer import Save, Trainer
+from trainer import Trainer
 
 # What --v2 decides; --mlp, --aug-plus and --cos are the switches of the second paper's ablations.
 RECIPES = {

@@ -36,11 +36,12 @@ import inputs  # noqa: E402
 import resnet  # noqa: E402
 import runs  # noqa: E402
 import views  # noqa: E402
+from callbacks import Save  # noqa: E402
 from decoder import ImageReader  # noqa: E402
 from eval_knn import OnlineKNN  # noqa: E402
 from job import ranks, start  # noqa: E402
 from moco import MOCOModel  # noqa: E402
-from trainer import Save, Trainer  # noqa: E402
+from trainer import Trainer  # noqa: E402
 
 SIZE, BATCH, SPLITS, DIM, EPOCHS = 32, 512, 8, 128, 200
 MEAN_BGR = np.array([0.4465, 0.4822, 0.4914], np.float32) * 255

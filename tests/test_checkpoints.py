@@ -16,9 +16,9 @@ KILLED_WHILE_SAVING = '''
 import os
 import signal
 import threading
-import trainer
+import callbacks
 
-save, checkpoints = trainer.Save._trigger, []
+save, checkpoints = callbacks.Save._trigger, []
 
 
 def save_or_die(self):
@@ -30,7 +30,7 @@ def save_or_die(self):
         signal.pause()
 
 
-trainer.Save._trigger = save_or_die
+callbacks.Save._trigger = save_or_die
 '''
 
 

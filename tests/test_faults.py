@@ -250,10 +250,10 @@ def test_an_error_of_tensorflow_is_told_in_one_line(message):
 
 # the first checkpoint is being written as the session is closed
 CLOSED_WHILE_SAVING = '''
-import trainer
+import callbacks
 from job.shutdown import shutdown
 
-save = trainer.Save._trigger
+save = callbacks.Save._trigger
 
 
 def end_and_save(self):
@@ -261,7 +261,7 @@ def end_and_save(self):
     save(self)
 
 
-trainer.Save._trigger = end_and_save
+callbacks.Save._trigger = end_and_save
 '''
 
 
@@ -346,10 +346,10 @@ def test_an_epoch_that_ended_with_a_signal_is_evaluated_later(tmp_path):
 
 RAISES = '''
 import horovod.tensorflow as hvd
-import trainer
+import callbacks
 
 
-after_run = trainer.EpochMeans._after_run
+after_run = callbacks.EpochMeans._after_run
 
 
 def fail(self, context, values):
@@ -358,7 +358,7 @@ def fail(self, context, values):
         raise KeyError('a mistake')
 
 
-trainer.EpochMeans._after_run = fail
+callbacks.EpochMeans._after_run = fail
 '''
 
 

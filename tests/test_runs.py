@@ -14,12 +14,12 @@ import pytest
 from tensorpack import tfv1 as tf
 from tensorpack.utils import logger
 
+import callbacks
 import checkpoints
 import main_moco
 import network
 import resnet
 import runs
-import trainer
 import weights
 from commands import ROOT, finish
 from errors import UserError
@@ -167,7 +167,7 @@ def test_a_number_of_newest_checkpoints_is_kept_also_after_going_on(tmp_path, mo
     def save(steps):
         with tf.Graph().as_default(), tf.Session() as sess:
             step = tf.train.get_or_create_global_step()
-            saver = trainer.Save(max_to_keep=3)
+            saver = callbacks.Save(max_to_keep=3)
             saver.setup_graph(types.SimpleNamespace(is_chief=True))
             saver.trainer = types.SimpleNamespace(sess=sess)
             for number in steps:
@@ -294,7 +294,7 @@ def test_a_description_is_saved_with_the_weights_and_builds_the_same_network(tmp
     with tf.Graph().as_default(), tf.Session() as sess:
         tf.train.get_or_create_global_step()
         network.save(described)
-        saver = trainer.Save(max_to_keep=3)
+        saver = callbacks.Save(max_to_keep=3)
         saver.setup_graph(types.SimpleNamespace(is_chief=True))
         saver.trainer = types.SimpleNamespace(sess=sess)
         sess.run([tf.global_variables_initializer(), tf.local_variables_initializer()])

@@ -56,10 +56,10 @@ GENTLE = SIGNALS[1:]
 
 # saves every step, and keeps all
 REFERENCE = '''
-import trainer
+import callbacks
 
 
-class SaveEveryStep(trainer.Save):
+class SaveEveryStep(callbacks.Save):
     def __init__(self, max_to_keep):
         super().__init__(max_to_keep=10**6)
 
@@ -70,7 +70,7 @@ class SaveEveryStep(trainer.Save):
         pass
 
 
-trainer.Save = SaveEveryStep
+callbacks.Save = SaveEveryStep
 '''
 
 
