@@ -14,14 +14,17 @@ import numpy as np
 import views
 
 # What a server can be asked for. view: a function of views.py; num_views: of each image;
-# labelled: whether labels go along; area: range of the random crop, fractions of the image;
+# labelled: whether labels go along, or the images' own numbers, NUMBERED; area: range of the random
+# crop, fractions of the image;
 # bounded: whether the ranks together get every image once, in place of endless epochs.
+NUMBERED = 'numbered'
 Task = collections.namedtuple('Task', 'view num_views labelled area bounded')
 TASKS = {
     'moco-v1': Task(views.moco_v1_view, 2, False, (0.2, 1), False),
     'moco-v2': Task(views.moco_v2_view, 2, False, (0.2, 1), False),
     'linear': Task(views.linear_train_view, 1, True, (0.08, 1), False),
     'eval': Task(views.center_crop_view, 1, True, None, True),
+    'embed': Task(views.center_crop_view, 1, NUMBERED, None, True),
 }
 
 
@@ -106,7 +109,7 @@ class Batches:
         """(shape, dtype) of a batch's arrays: views uint8 [n, S, S, 3], labels int32 [n] if any."""
         n = len(self._plan(step))
         view = (n, self.image_size, self.image_size, 3), np.uint8
-        return [view] * self.task.num_views + [((n,), np.int32)] * self.task.labelled
+        return [view] * self.task.num_views + [((n,), np.int32)] * bool(self.task.labelled)
 
     def fill(self, step: int, arrays: List[np.ndarray]) -> None:
         """Write a batch into arrays of its specs."""

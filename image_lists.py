@@ -71,14 +71,16 @@ def fake_images(num_images: int, labelled: bool) -> ImageList:
     return ImageList(FileList('fake', b'', np.zeros(num_images + 1, np.int64)), None, classes)
 
 
-def list_images(root: str, split: str = 'train', labelled: bool = False) -> ImageList:
+def list_images(root: str, split: str = 'train', labelled: bool = False,
+                numbered: bool = False) -> ImageList:
     """List the images of one split, sorted, so that every process and host has the same list.
 
     Labelled: root/train/<class>/** and root/val/<class>/**, or images directly in root/val, or in
     its only folder, with a list of labels in root or root/val: one of labels.LISTS, with a label
     that is the name of a class or its number, its rank among the sorted names of the folders in
     root/train. Unlabelled: everything in root/train (or in root, if it has no train) or root/val,
-    flat or nested; an error if root/train may as well be one of several classes.
+    flat or nested; an error if root/train may as well be one of several classes. Numbered: the same,
+    each image's label being its index.
 
     An image is a file with one of EXTENSIONS, or that starts with one of SIGNATURES. Symbolic links
     are followed. All else is left out, and noted; so are hidden names and SYSTEM_FOLDERS.
@@ -99,7 +101,8 @@ def list_images(root: str, split: str = 'train', labelled: bool = False) -> Imag
     if not len(files):
         kinds = ' '.join(extension[1:] for extension in EXTENSIONS)
         raise UserError('; '.join([f'there is no image ({kinds}) in {folder}'] + notes))
-    return ImageList(files, None, None, notes)
+    numbers = np.arange(len(files), dtype=np.int32) if numbered else None
+    return ImageList(files, numbers, None, notes)
 
 
 def _list_labelled(root, folder, split):
@@ -201,7 +204,7 @@ def digest_images(images: ImageList) -> str:
         digest.update(array)
     if images.labels is not None:
         digest.update(images.labels.tobytes())
-        digest.update('\n'.join(images.classes).encode(errors='surrogateescape'))
+        digest.update('\n'.join(images.classes or []).encode(errors='surrogateescape'))
     return digest.hexdigest()[:16]
 
 

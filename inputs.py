@@ -53,10 +53,11 @@ class EvaluationPass:
         images, labels: what is to be evaluated, uint8 tensor [n, S, S, 3] and int32 tensor [n].
     """
 
-    def __init__(self, folder, root, split, image_size, batch, num_workers=None, cpus=None):
+    def __init__(self, folder, root, split, image_size, batch, num_workers=None, cpus=None,
+                 task='eval'):
         self._split, self._batch = split, batch
         self._server = DataServer(folder, {
-            'task': 'eval', 'data': root, 'split': split, 'image-size': image_size, 'batch': batch,
+            'task': task, 'data': root, 'split': split, 'image-size': image_size, 'batch': batch,
         }, num_workers, cpus)
         self.images, self.labels = pull_socket(self._server, [
             tf.TensorSpec([None, image_size, image_size, 3], tf.uint8),

@@ -186,7 +186,8 @@ class Server:
             try:
                 set_listed, value = listed.set_result, (
                     image_lists.fake_images(args.fake, task.labelled) if args.fake else
-                    image_lists.list_images(args.data, args.split, task.labelled))
+                    image_lists.list_images(args.data, args.split, task.labelled is True,
+                                            task.labelled == data.NUMBERED))
             except Exception as error:
                 set_listed, value = listed.set_exception, error
             self._loop.call_soon_threadsafe(set_listed, value)
