@@ -6,6 +6,11 @@ class UserError(ValueError):
     """The message names the file, flag or number that is wrong. No message: it has been shown."""
 
 
+def printable(name: str) -> str:
+    """A name for a message: control characters, as of lines and terminals, are '?'; but no tab."""
+    return re.sub('[\0-\x08\n-\x1f\x7f-\x9f]', '?', name)
+
+
 def one_line(error: Exception) -> str:
     """The reason in an error of TensorFlow. TensorFlow 2 first says where the graph was made, and
     then `Node: name`."""

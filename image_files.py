@@ -14,8 +14,9 @@ from errors import UserError
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
               '.pnm', '.pxm', '.gif', '.jpe', '.jfif', '.pjpeg', '.pjp', '.dib')
 SIGNATURES = re.compile(  # BMP and PNM: with more of their headers, as texts may start so, too
-    rb'\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|II\*\0|MM\0\*|BM.{4}\0{4}|'
-    rb'P[1-6]\s+[\d#]', re.DOTALL)
+    rb'\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s+[\d#]', re.DOTALL)
+# Cameras' raw files (.dng, .nef, .cr2 ...) start so, too: not if the name has another extension.
+TIFF = re.compile(rb'II\*\0|MM\0\*')
 
 # made by systems, storage and programs; never entered, never a class
 SYSTEM_FOLDERS = {'lost+found', '@eaDir', '#recycle', '#snapshot', '$RECYCLE.BIN', '__MACOSX',
@@ -24,15 +25,14 @@ SYSTEM_FOLDERS = {'lost+found', '@eaDir', '#recycle', '#snapshot', '$RECYCLE.BIN
 # Kinds of names in a folder that are no files. All but the first are reasons to leave something
 # out, as notes give them.
 FOLDER, HIDDEN, DANGLING, SYSTEM = 'folder', 'hidden', 'linked to nowhere', 'of the system'
+HIDDEN_FOLDER = 'hidden with images in it'
 
 
 def read_folder(folder: str) -> Tuple[List[str], Dict[str, str]]:
-    """The sorted names in a folder, and the kinds of those that are no files. A hidden name is only
+    """The sorted names in a folder, and the kinds of those that are no files. A hidden file is only
     there if it has an image's extension."""
     names, kinds = [], {}
-    if not os.path.isdir(folder):
-        raise (lost_link(folder) if os.path.islink(folder) else
-               UserError(f'there is no folder {folder}'))
+    enter(folder)
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -47,17 +47,31 @@ def read_folder(folder: str) -> Tuple[List[str], Dict[str, str]]:
     return sorted(names), kinds
 
 
+def enter(folder: str) -> None:
+    """An error if a folder does not exist, or cannot be entered."""
+    try:
+        os.stat(os.path.join(folder, os.curdir))
+    except OSError as error:
+        if os.path.islink(folder) and not os.path.isdir(folder):
+            raise lost_link(folder)
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise UserError(f'there is no folder {folder}' if missing else
+                        f'cannot read the folder {folder}: {error.strerror}')
+
+
 def _kind(entry):
     """None for a file."""
-    if entry.name.startswith('.'):
-        return HIDDEN
+    hidden = entry.name.startswith('.')
     try:
         if entry.is_dir():
-            return SYSTEM if entry.name in SYSTEM_FOLDERS else FOLDER
-        if entry.is_file():  # of a link, both need one os.stat()
+            return (HIDDEN_FOLDER if hidden else
+                    SYSTEM if entry.name in SYSTEM_FOLDERS else FOLDER)
+        if entry.is_file() and not hidden:  # of a link, both need one os.stat()
             return None
     except OSError:  # a link to itself, say
         pass
+    if hidden:
+        return HIDDEN
     if os.path.exists(entry.path):
         return 'neither file nor folder'  # reading a pipe or a device may block for ever
     # an image's name stays in the list, so that it is reported when it cannot be read
@@ -70,9 +84,13 @@ def why_no_image(path: str) -> Optional[str]:
         return None
     try:
         with io.FileIO(path) as file:
-            return None if SIGNATURES.match(file.read(32)) else 'of no known image format'
+            start = file.read(32)
     except OSError:
         return 'that cannot be read'
+    name = os.path.basename(path).lower().partition('?')[0]
+    may_be_tiff = name.endswith(EXTENSIONS) or not os.path.splitext(name)[1]
+    return (None if SIGNATURES.match(start) or may_be_tiff and TIFF.match(start) else
+            'of no known image format')
 
 
 def holds_image(folder: str) -> bool:
@@ -87,6 +105,11 @@ def holds_image(folder: str) -> bool:
                 elif kind is None and not why_no_image(entry.path):
                     return True
     return False
+
+
+def may_be_class(link: str) -> bool:
+    """Whether a link to nowhere may have led to a folder, as its name has no extension."""
+    return not re.search(r'\.[a-z]\w{0,4}$', link, re.IGNORECASE)
 
 
 def lost_link(path: str) -> UserError:

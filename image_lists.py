@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from typing import Dict, Iterable, Iterator, List, Tuple
@@ -11,14 +12,17 @@ from typing import Dict, Iterable, Iterator, List, Tuple
 import numpy as np
 
 import labels
-from errors import UserError
-from image_files import (DANGLING, EXTENSIONS, FOLDER, SIGNATURES, SYSTEM, holds_image, lost_link,
-                         read_folder, why_no_image)
+from errors import UserError, printable
+from image_files import (DANGLING, EXTENSIONS, FOLDER, HIDDEN_FOLDER, SIGNATURES, SYSTEM, enter,
+                         holds_image, lost_link, may_be_class, read_folder, why_no_image)
 
 # files: FileList; labels: int32 [N] or None; classes: sorted list of names or None; notes: lines
 # for the user, of what was left out
 ImageList = collections.namedtuple('ImageList', ['files', 'labels', 'classes', 'notes'])
 ImageList.__new__.__defaults__ = ((),)
+
+# names of folders that are no classes, in lower case
+SPLIT = re.compile(r'(val|valid|validation|test|testing|dev|eval|evaluation)\d*')
 
 
 class FileList:
@@ -77,16 +81,28 @@ def list_images(root: str, split: str = 'train', labelled: bool = False,
 
     Labelled: root/train/<class>/** and root/val/<class>/**, or images directly in root/val, or in
     its only folder, with a list of labels in root or root/val: one of labels.LISTS, with a label
-    that is the name of a class or its number, its rank among the sorted names of the folders in
-    root/train. Unlabelled: everything in root/train (or in root, if it has no train) or root/val,
-    flat or nested; an error if root/train may as well be one of several classes. Numbered: the same,
-    each image's label being its index.
+    that is the name of a class, or its rank among the sorted names of the folders in root/train if
+    none of them is a number. Unlabelled: everything in root/train (or in root, if it has no train)
+    or root/val, flat or nested; an error if root/train may as well be one of several classes.
+    Numbered: the same, each image's label being its index.
 
-    An image is a file with one of EXTENSIONS, or that starts with one of SIGNATURES. Symbolic links
-    are followed. All else is left out, and noted; so are hidden names and SYSTEM_FOLDERS.
+    An image is a file with one of EXTENSIONS, or that image_files.why_no_image() knows by its
+    start. Symbolic links are followed. All else is left out, and noted; so are hidden names and
+    SYSTEM_FOLDERS.
     """
-    if not os.path.isdir(root):
-        raise UserError(f'there is no folder {root}')
+    try:
+        images = _list_split(root, split, labelled, numbered)
+    except UserError as error:
+        raise UserError(printable(str(error)))
+    except OSError as error:  # of a folder that has just gone, say
+        raise UserError(printable(f'cannot read {error.filename}: {error.strerror}'))
+    except RecursionError:
+        raise UserError(printable(f'the folders in {root} are too deeply nested'))
+    return images._replace(notes=list(map(printable, images.notes)))
+
+
+def _list_split(root, split, labelled, numbered):
+    enter(root)
     folder = os.path.join(root, split)
     if labelled:
         return _list_labelled(root, folder, split)
@@ -95,7 +111,7 @@ def list_images(root: str, split: str = 'train', labelled: bool = False,
     if split == 'train' and os.path.isdir(folder):
         notes = _look_beside_train(root)
     elif split == 'train':
-        folder = root
+        folder, notes = root, _look_for_splits(root)
     files, left_out = find_images(folder)
     notes += _describe(folder, left_out)
     if not len(files):
@@ -112,12 +128,12 @@ def _list_labelled(root, folder, split):
     num_flat = len(files) - sum(counts.values())
 
     if split == 'val':
-        folders, path = _list_folders(folder), labels.find_list(root, folder)
+        folders, lists = _list_folders(folder), labels.find_lists(root, folder)
         in_one_folder = len(folders) == 1 and counts[folders[0]] and folders[0] not in classes
-        if path and (num_flat or in_one_folder):
+        if lists and (num_flat or in_one_folder):
             if num_flat and counts:
                 files = _keep(files, False, left_out, 'in folders beside flat images')
-            values, notes = labels.read_labels(path, list(files.names()), classes)
+            values, notes = labels.read_labels(lists, list(files.names()), classes)
             return ImageList(files, values, classes, _describe(folder, left_out) + notes)
         if num_flat and not folders:
             raise UserError(f'the images in {folder} have no labels: they need class folders, or '
@@ -138,7 +154,7 @@ def _list_labelled(root, folder, split):
 def _list_folders(folder):
     names, kinds = read_folder(folder)
     for name in names:
-        if kinds.get(name) == DANGLING:
+        if kinds.get(name) == DANGLING and may_be_class(name):
             raise lost_link(os.path.join(folder, name))
     return [name for name in names if kinds.get(name) == FOLDER]
 
@@ -167,7 +183,7 @@ def _look_beside_train(root) -> List[str]:
         return []  # what is in train/ can be used nevertheless
     names, kinds = read_folder(root)
     folders = [name for name in names if kinds.get(name) == FOLDER and name != 'train']
-    splits = [name for name in folders if name.lower().startswith(('val', 'test', 'dev', 'eval'))]
+    splits = [name for name in folders if SPLIT.fullmatch(name.lower())]
     others = [name + '/' for name in folders
               if name not in splits and holds_image(os.path.join(root, name))]
     if others and not splits:
@@ -181,10 +197,21 @@ def _look_beside_train(root) -> List[str]:
     return [f'{root}: only train/ is read; beside it are {", and ".join(beside)}'] if beside else []
 
 
+def _look_for_splits(root) -> List[str]:
+    """A note if other splits than train/, which is not there, are read with all that is in root."""
+    names, kinds = read_folder(root)
+    folders = [name for name in names if kinds.get(name) == FOLDER]
+    splits = [name + '/' for name in folders if SPLIT.fullmatch(name.lower())]
+    others = [name for name in folders if name + '/' not in splits]
+    advice = f' (give {root}/{others[0]} to read that alone)' if len(others) == 1 else ''
+    return [f'{root}: no train/ in it: everything is read, also {labels.cut(splits)}{advice}'
+            ] if splits else []
+
+
 def _leave_out(left_out, reason, name):
     """Count what is left out, {reason: (number, the first names)}."""
     number, names = left_out.get(reason, (0, []))
-    left_out[reason] = number + 1, (names + [name.replace('\n', '?')])[:3]
+    left_out[reason] = number + 1, (names + [name])[:3]
 
 
 def _describe(folder, left_out) -> List[str]:
@@ -247,10 +274,10 @@ def _walk(folder, prefix, above, seen, left_out):
             yield prefix + name
         elif kind == FOLDER:
             yield from _walk(folder, prefix + name + '/', above + (identity,), seen, left_out)
-        elif kind != SYSTEM or holds_image(os.path.join(path, name)):
+        elif kind not in (SYSTEM, HIDDEN_FOLDER) or holds_image(os.path.join(path, name)):
             if kind == DANGLING:
                 seen[prefix + name] = None
-                if not prefix:  # maybe a class
+                if not prefix and may_be_class(name):
                     raise lost_link(os.path.join(path, name))
             _leave_out(left_out, kind, prefix + name)
 

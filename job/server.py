@@ -84,7 +84,7 @@ class DataServer:
             os.close(read)
         self._control = self._connect()
         lines = self._control.makefile('r')
-        facts = json.loads(lines.readline() or '{}')
+        facts = self._read(lines)
         if 'images' not in facts:
             raise UserError('' if 'error' in facts else 'the data server ended as it started')
         threading.Thread(target=self._watch, args=[self._control, lines], daemon=True).start()
@@ -113,12 +113,17 @@ class DataServer:
                 shutdown.exit_if_ended()
                 time.sleep(0.05)
 
+    @staticmethod
+    def _read(lines):
+        """A line of the server; {} if it is gone."""
+        try:
+            return json.loads(lines.readline() or '{}')
+        except (OSError, ValueError):
+            return {}
+
     def _watch(self, connection, lines):
         """A thread: wait for the last line, if any, and the end of the connection."""
-        try:
-            last = json.loads(lines.readline() or '{}')
-        except (OSError, ValueError):
-            last = {}
+        last = self._read(lines)
         if self._control is not connection:
             return  # stop() was first
         if hvd.local_rank() == 0:

@@ -1,6 +1,7 @@
 """image_lists.py: lists of images and labels, and lists that are kept."""
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,25 @@ def test_images_without_an_extension_are_known_by_their_first_bytes(tmp_path):
     assert all(read_image(path) is not None for path in images.files)
 
 
+@pytest.mark.parametrize('start', [b'II*\0', b'MM\0*'])
+def test_raw_files_of_cameras_are_no_tiffs(tmp_path, start):
+    names = ['a.tif', 'b.TIFF', 'c', 'd.tif?w=3', 'x.dng', 'x.NEF', 'x.cr2?w=3', 'x.bin']
+    for name in names:
+        (tmp_path / name).write_bytes(start + bytes(99))
+    images = list_images(str(tmp_path))
+    assert relative(images, tmp_path) == names[:4]
+    assert '4 of no known image format (x.NEF, ' in images.notes[0]
+
+
+def test_names_in_messages_are_printable(tmp_path):
+    make(tmp_path, 'a\n\x1b/1.png', 'a\n\x1b/\x7f\x9b\tb.txt')
+    assert list_images(str(tmp_path)).notes == [
+        f'{tmp_path}: left out 1 file: 1 of no known image format (a??/??\tb.txt)']
+    for name in ('\n', 'a\n\x1b'):
+        with pytest.raises(UserError, match=r'^there is no folder .*\?(/train)?$'):
+            list_images(str(tmp_path / name), 'val', labelled=True)
+
+
 def test_images_with_an_extension_are_not_opened(tmp_path, monkeypatch):
     names = sorted('x' + extension for extension in image_lists.EXTENSIONS + ('.JPG', '.Jfif'))
     make(tmp_path, 'train/', 'val/', 'more/')
@@ -185,21 +205,21 @@ def make_all_kinds(root):
     (root / 'b/up').symlink_to(root)
 
 
-LEFT_OUT = ('1 of the system (@eaDir), 1 of no known image format (a/deep/no.txt), 1 linked to '
-            'nowhere (a/gone), 1 hidden (b/._2.png), 2 neither file nor folder (b/linked, '
-            'b/pipe.png)')
+LEFT_OUT = ('1 hidden with images in it (.hid), 1 of the system (@eaDir), 1 of no known image '
+            'format (a/deep/no.txt), 1 linked to nowhere (a/gone), 1 hidden (b/._2.png), 2 neither '
+            'file nor folder (b/linked, b/pipe.png)')
 
 
 def test_notes_name_what_is_left_out(tmp_path):
     make_all_kinds(tmp_path / 'train')
     images = list_images(str(tmp_path))
     assert relative(images, tmp_path / 'train') == ['a/1.png', 'a/gone.png', 'b/2.png', 'loose.png']
-    assert images.notes == [f'{tmp_path}/train: left out 6 files: {LEFT_OUT}']
+    assert images.notes == [f'{tmp_path}/train: left out 7 files: {LEFT_OUT}']
 
     images = list_images(str(tmp_path), 'train', labelled=True)
     assert relative(images, tmp_path / 'train') == ['a/1.png', 'a/gone.png', 'b/2.png']
     assert images.classes == ['a', 'b']
-    assert images.notes == [f'{tmp_path}/train: left out 7 files: {LEFT_OUT}, '
+    assert images.notes == [f'{tmp_path}/train: left out 8 files: {LEFT_OUT}, '
                             '1 in no class folder (loose.png)']
 
 
@@ -244,9 +264,9 @@ def test_the_data_server_prints_notes(tmp_path, quiet):
 @pytest.mark.parametrize('names, note', [
     ([], None),
     (['val/a/1.png', 'README.txt', 'docs/x.txt', '.git/1.png', '@eaDir/1.png', 'empty/'], None),
-    (['Test_1/', 'more/deep/1.png', 'extra/IMG'], 'images in extra/, more/'),
+    (['Test2017/', 'more/deep/1.png', 'extra/IMG'], 'images in extra/, more/'),
     (['val.txt', 'b.png', 'IMG'], 'loose images: IMG, b.png'),
-    (['devkit/', 'more/1.png', '1.png'], 'images in more/, and loose images: 1.png'),
+    (['dev/', 'more/1.png', '1.png'], 'images in more/, and loose images: 1.png'),
     (['val/'] + [f'{i}/1.png' for i in range(8)], 'images in 0/, 1/, 2/, 3/, 4/, 5/ and 2 more'),
 ])
 def test_train_is_read_alone(tmp_path, names, note):
@@ -258,7 +278,8 @@ def test_train_is_read_alone(tmp_path, names, note):
 
 
 @pytest.mark.parametrize('names', [['bus/1.png', 'boat/IMG', 'docs/x.txt'],
-                                   ['bus/1.png', 'boat/deep/er/1.png', '1.png', 'evil.txt']])
+                                   ['bus/1.png', 'boat/deep/er/1.png', '1.png', 'evil.txt'],
+                                   ['bus/1.png', 'boat/1.png', 'test_tube/', 'valley/', 'dev-1/']])
 def test_train_may_be_a_class(tmp_path, names):
     make(tmp_path, 'train/1.png', *names)
     with pytest.raises(UserError) as error:
@@ -272,6 +293,19 @@ def test_train_may_be_a_class(tmp_path, names):
     make(tmp_path, 'train/a/1.png')
     assert list_images(str(tmp_path), 'train', labelled=True).notes == [
         f'{tmp_path}/train: left out 1 file: 1 in no class folder (1.png)']
+
+
+@pytest.mark.parametrize('folders, note', [
+    ('Train Val', 'Val/ (give {}/Train to read that alone)'), ('val', 'val/'),
+    ('images test2017', 'test2017/ (give {}/images to read that alone)'), ('a b Eval', 'Eval/'),
+    ('a b valley', None),
+])
+def test_splits_that_are_read_with_the_rest_are_noted(tmp_path, folders, note):
+    make(tmp_path, *[f'{name}/1.png' for name in folders.split()])
+    images = list_images(str(tmp_path))
+    assert len(images.files) == len(folders.split())
+    assert images.notes == ([f'{tmp_path}: no train/ in it: everything is read, also ' +
+                             note.format(tmp_path)] if note else [])
 
 
 def test_the_look_beside_train_is_bounded(tmp_path, monkeypatch):
@@ -310,13 +344,48 @@ def test_folders_that_cannot_be_entered(tmp_path, monkeypatch):
         list_images(str(tmp_path))
 
 
+POWERS = '-dac_override,-dac_read_search'  # of root
+
+
+@pytest.mark.skipif(not os.getuid() and not shutil.which('setpriv'), reason='root enters all')
+@pytest.mark.parametrize('folder, split, labelled', [
+    ('', 'train', ''), ('', 'val', 'labelled'), ('train', 'train', ''), ('train/a', 'train', ''),
+    ('train/a', 'train', 'labelled'), ('train/a/deep', 'train', '')])
+def test_folders_that_can_be_listed_but_not_entered(tmp_path, folder, split, labelled):
+    make(tmp_path, 'train/a/deep/1.png', 'train/a/1.png', 'val/a/1.png')
+    program = ('import sys, image_lists\n'
+               'try: image_lists.list_images(*sys.argv[1:])\n'
+               'except image_lists.UserError as error: print(error)')
+    as_user = [] if os.getuid() else ['setpriv', '--bounding-set=' + POWERS, '--inh-caps=' + POWERS]
+    (tmp_path / folder).chmod(0o600)
+    try:
+        said = subprocess.run(
+            as_user + [sys.executable, '-c', program, str(tmp_path), split, labelled],
+            cwd=os.path.dirname(image_lists.__file__), stdout=subprocess.PIPE,
+            universal_newlines=True, check=True).stdout
+    finally:
+        (tmp_path / folder).chmod(0o700)
+    assert said == f'cannot read the folder {tmp_path / folder}: Permission denied\n'
+
+
+def test_folders_too_deep_are_an_error_of_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1500):
+        os.mkdir('d')
+        os.chdir('d')
+    with pytest.raises(UserError, match=f'^the folders in {tmp_path} are too deeply nested$'):
+        list_images(str(tmp_path))
+    # which is too deep for pytest, too
+    subprocess.run(['rm', '-r', str(tmp_path / 'd')], cwd=str(tmp_path), check=True)
+
+
 @pytest.mark.parametrize('name', sorted(image_files.SYSTEM_FOLDERS) + ['.ipynb_checkpoints'])
 def test_system_folders_are_no_classes(tmp_path, name):
     make(tmp_path, 'train/a/1.png', f'train/{name}/x.txt', 'val/a/1.png', f'val/{name}/1.png')
     for split in ('train', 'val'):
         images = list_images(str(tmp_path), split, labelled=True)
         assert images.classes == ['a'] and len(images.files) == 1
-        assert bool(images.notes) == (split == 'val' and name[0] != '.')
+        assert bool(images.notes) == (split == 'val')
 
 
 # ----------------------------------------------------------------------------------- dangling links
@@ -334,6 +403,15 @@ def test_a_folder_behind_a_dangling_link_is_missed(tmp_path, link, split, labell
         list_images(str(tmp_path), split, labelled)
     assert str(error.value) == (f'the link {tmp_path}/{link} leads to /nowhere, where no folder '
                                 'can be read')
+
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_a_dangling_link_with_an_extension_is_no_class(tmp_path, labelled):
+    make(tmp_path, 'train/a/1.png')
+    (tmp_path / 'train/README.txt').symlink_to('/nowhere')
+    images = list_images(str(tmp_path), 'train', labelled)
+    assert relative(images, tmp_path) == ['train/a/1.png']
+    assert images.notes == [f'{tmp_path}/train: left out 1 file: 1 linked to nowhere (README.txt)']
 
 
 def test_dangling_links_of_images_stay_listed(tmp_path):
@@ -355,7 +433,7 @@ LISTS_OF_LABELS = {
     'semicolons': ('val.csv', 'x.JPEG;n03\ny z.JPEG;cat\n'),
     'quotes': ('val.csv', '"x.JPEG","n03"\n"y z.JPEG", "cat"\n'),
     'header': ('val.csv', '\nfilename,label\nx.JPEG,n03\ny z.JPEG,cat\n'),
-    'header, boxes': ('val.csv', f'file;class;x;y;X;Y\nx.JPEG;n03;1;2;3;4\ny z.JPEG;cat;1;2;3;4\n'),
+    'header, boxes': ('val.csv', 'file;class;x;y;X;Y\nx.JPEG;n03;1;2;3;4\ny z.JPEG;cat;1;2;3;4\n'),
     'commas in a text': ('val.txt', 'x.JPEG,n03\ny z.JPEG,cat\n'),
     'no extensions': ('val.txt', 'x n03\ny z cat\n'),
     'folders': ('val.txt', './x.JPEG n03\nval/y z.JPEG cat\n'),
@@ -363,6 +441,14 @@ LISTS_OF_LABELS = {
     'twice the same': ('val.txt', 'x.JPEG n03\nx.JPEG 2\ny z.JPEG cat\n'),
     'Tiny-ImageNet': ('val_annotations.txt', 'x.JPEG\tn03\t0\t32\t44\t62\n'
                                              'y z.JPEG\tcat\t0\t0\t1\t2\n'),
+    'UTF-16': ('val.txt', '\ufeffx.JPEG n03\r\ny z.JPEG 0\r\n', 'utf-16-le'),
+    'UTF-16, big-endian': ('val.txt', '\ufeffx.JPEG,n03\ny z.JPEG,0\n', 'utf-16-be'),
+    'backslashes': ('val.txt', 'C:\\data\\val\\x.JPEG n03\nval\\y z.JPEG cat\n'),
+    'quotes and blanks': ('val.txt', '"x.JPEG" \'n03\'\n"y z.JPEG" "cat"\n'),
+    'quotes and one name': ('val.txt', 'x "n03"\n"y z" cat\n'),
+    'labels first': ('val.txt', 'n03 x.JPEG\n0 y z.JPEG\n'),
+    'labels first, header': ('val.csv', 'label,name\nn03,x\n0,y z\n'),
+    'another extension': ('val.csv', 'x.png,n03\nval/y z.bmp,cat\n'),
     'ImageNet': ('LOC_val_solution.csv', f'ImageId,PredictionString\nx,n03 {BOXES} n03 1 2 3 4 \n'
                                          f'y z,cat {BOXES}\n'),
 }
@@ -370,7 +456,7 @@ LISTS_OF_LABELS = {
 
 @pytest.mark.parametrize('kind', sorted(LISTS_OF_LABELS))
 def test_lists_of_labels(tmp_path, kind):
-    name, lines = LISTS_OF_LABELS[kind]
+    name, lines, encoding = (LISTS_OF_LABELS[kind] + ('utf-8',))[:3]
     for place in ('flat/val', 'flat', 'nested/val', 'nested'):  # nested is Tiny-ImageNet's val
         root = tmp_path / place.replace('/', '_')
         make(root, *[f'train/{name}/1.png' for name in CLASSES])
@@ -378,12 +464,80 @@ def test_lists_of_labels(tmp_path, kind):
         if 'nested' in place:
             images = ['images/' + image for image in images]
         make(root, *['val/' + image for image in images])
-        (root / ('val' if 'val' in place else '') / name).write_bytes(lines.encode())
+        (root / ('val' if 'val' in place else '') / name).write_bytes(lines.encode(encoding))
         val = list_images(str(root), 'val', labelled=True)
         assert relative(val, root / 'val') == images and val.classes == CLASSES
         assert val.labels.tolist() == [2, 0] and val.labels.dtype == np.int32
         assert val.notes == []
         assert list_images(str(root), 'val').notes == []
+
+
+NUMBERS = [str(number) for number in range(1, 12)]
+
+
+@pytest.mark.parametrize('classes, lines, labels', [
+    (NUMBERS, 'x 1\ny 11', '1 11'), (NUMBERS, 'x 01\ny 011', '1 11'),
+    (['01', '02', '3'], 'x 1\ny 3', '01 3'), (['01', '1', '2'], 'x 01\ny 1', '01 1'),
+    (NUMBERS, 'x 0\ny 3', 'line 1 of .*: 0 is no class, and as a rank it is the class 1: where'),
+    (['cat', '7'], 'x cat\ny 1', 'line 2 of .*: 1 is no class, and as a rank it is the class cat'),
+    (['01', '1', '2'], 'x 001\ny 1', 'line 1 of .*: 001 is no class, and as a rank'),
+    (NUMBERS, 'x 12\ny 1', 'line 1 of .*: 12 is neither a class of .* nor a number below 11$'),
+    (['a', 'b'], 'x ' + 5000 * '9' + '\ny 1', 'line 1 of .*: 9{80} is neither a class'),
+])
+def test_labels_where_names_of_classes_are_numbers(tmp_path, classes, lines, labels):
+    expect_labels(tmp_path, classes, ['x.png', 'y.png'], lines, labels)
+
+
+@pytest.mark.parametrize('classes, lines, labels', [
+    (['golden retriever', 'dog', 'my cat'], 'x golden retriever\ny dog', 'golden retriever dog'),
+    (['golden retriever', 'dog', 'my cat'], 'dog x\nmy cat y', 'dog my cat'),
+    (['cafe\u0301', 'dog'], 'x caf\xe9\ny dog', 'cafe\u0301 dog'),
+    (['caf\xe9', 'dog'], 'x cafe\u0301\ny dog', 'caf\xe9 dog'),
+    (['cat', 'dog'], 'lion x\ndog y', 'line 1 of .*: lion is neither a class'),
+    (['cat', 'dog'], 'z cat\nz dog\ny cat', '1 of 2 images: x.png; its line 1 is "z cat"$'),
+    (['cat', 'dog'], 'x: cat\ny: dog', '2 of 2 images: x.png, y.png; its line 1 is "x: cat"$'),
+    (['cat', 'dog'], 'x.old cat\ny.old dog', '2 of 2 images: .* its line 1 is "x.old cat"$'),
+])
+def test_labels_of_words(tmp_path, classes, lines, labels):
+    expect_labels(tmp_path, classes, ['x.png', 'y.png'], lines, labels)
+
+
+def test_blanks_in_quotes(tmp_path):
+    lines = '"x y.png" "golden retriever"\n\'z z\' dog'
+    expect_labels(tmp_path, ['golden retriever', 'dog'], ['x y.png', 'z z.png'], lines,
+                  'golden retriever dog')
+
+
+@pytest.mark.parametrize('lines, labels', [
+    ('label,id\n2,0\n0,1\n1,2', '2 0 1'), ('id,label\n2,0\n0,1\n1,2', '1 2 0'),
+    ('2 0.png\n0 1.png\n1 2.png', '2 0 1'), ('0 0\n1 1\n2 2', '0 1 2'),
+    ('0 1\n1 1\n2 1', '1 1 1'), ('1 0\n1 1\n1 2', '1 1 1'),
+    ('2 0\n0 1\n1 2', 'both columns can be names'),
+    ('class_id,id\n2,0\n0,1\n1,2', 'both columns can be names'),
+])
+def test_columns_that_cannot_be_told_apart(tmp_path, lines, labels):
+    expect_labels(tmp_path, ['0', '1', '2'], ['0.png', '1.png', '2.png'], lines, labels)
+
+
+def expect_labels(root, classes, images, lines, expected):
+    """The classes' names, with blanks between them, or what an error matches."""
+    make(root, *[f'train/{name}/1.png' for name in classes], *[f'val/{name}' for name in images])
+    (root / 'val.txt').write_bytes(lines.encode())
+    try:
+        val = list_images(str(root), 'val', labelled=True)
+    except UserError as error:
+        assert re.search(expected, str(error))
+    else:
+        assert ' '.join(val.classes[label] for label in val.labels) == expected
+
+
+def test_lists_that_differ(tmp_path):
+    make_flat_val(tmp_path, 'x.png 0\ny.png 1\n')
+    (tmp_path / 'val/val.csv').write_text('y.png,b\nx.png,a\n')
+    assert list_images(str(tmp_path), 'val', labelled=True).labels.tolist() == [0, 1]
+    (tmp_path / 'val/val.csv').write_text('y.png,a\nx.png,a\n')
+    with pytest.raises(UserError, match=r'/val.txt and .*/val/val.csv give y.png different labels'):
+        list_images(str(tmp_path), 'val', labelled=True)
 
 
 def test_labels_of_another_split(tmp_path):
@@ -448,12 +602,12 @@ def make_flat_val(tmp_path, lines):
     ('x.png 0\ny.png 1\n' + 99 * 'z', 'line 3 of .*val.txt is not "name label": z{80}$'),
     ('x.png\t0\t1\t2\n', 'line 1 .*val.txt is not "name label": x.png\t0\t1\t2$'),
     ('x.png,a\ny.png,b,train\n', 'line 2 .*val.txt is not "name label": y.png,b,train$'),
-    ('x.png,a\n"y\0,b\n', 'line 2 .*val.txt is not "name label": "y\0,b$'),
+    ('x.png,a\n"y\0,b\n', 'line 2 .*val.txt is not "name label": "y[?],b$'),
     ('x.png,a 1 2 3 4 b 1 2 3 4\n', 'line 1 .*: a 1 2 3 4 b 1 2 3 4 is neither a class'),
-    ('name label\nx.png 0\nother label\n', 'no label for 1 of 2 images: y.png$'),
+    ('name label\nx.png 0\nother label\n', '1 of 2 images: y.png; its line 3 is "other label"$'),
     ('x.png 1\ny.png 2\n', "val.txt are numbers from 1 to 2, as of ImageNet's devkit, in an order"),
     ('x.png 0\ny.png 0\nval/x.png b\n', 'lines 1 and 3 of .*val.txt give x.png different labels$'),
-    ('\ufeffz.png 0\n', 'val.txt has no label for 2 of 2 images: x.png, y.png$'),
+    ('\ufeffz.png 0\n', '2 of 2 images: x.png, y.png; its line 1 is "z.png 0"$'),
 ])
 def test_errors_of_label_lists(tmp_path, lines, message):
     make_flat_val(tmp_path, lines)
