@@ -13,6 +13,7 @@ import zmq
 import data
 import decoder
 import zmq_ops
+from errors import UserError, printable
 from job import signals
 
 # memory is bounded: the batch that a worker makes and those that its trainer has not read yet
@@ -93,6 +94,9 @@ class Workers:
         try:
             run_worker(self._args, self._images, *name, self.per_rank,
                        lambda *image: report.send(image))
+        except UserError as error:
+            report.send(str(error))
+            sys.exit(1)
         except Exception as error:
             report.send(f'{type(error).__name__}: {error}'[:500])
             raise
@@ -130,7 +134,7 @@ class Workers:
         share = len(args.ranks) / args.size if data.TASKS[args.task].bounded else 1
         images = round(share * len(files))
         if count >= 2 and count > images / 100:
-            names = [f'{files[i]}: {reason}' for i, reason in sorted(seen.items())[:6]]
+            names = [printable(f'{files[i]}: {reason}') for i, reason in sorted(seen.items())[:6]]
             more = [f'and {count - 6} more'] if count > 6 else []
             self._end(1, f'{count} of {images} images, more than 1 %, cannot be read: '
                          + '; '.join(names + more))
@@ -140,7 +144,7 @@ class Workers:
         if self._args.quiet:
             return
         if count <= 10:
-            line = f'serve-data: {image} (number {count}); {consequence}'
+            line = f'serve-data: {printable(image)} (number {count}); {consequence}'
         elif count % 10 == 0 and count // 10 & count // 10 - 1 == 0:
             line = f'serve-data: {count} images so far {all_images}'
         else:

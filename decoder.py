@@ -2,8 +2,9 @@
 import ctypes
 import functools
 import os
+import re
 import tempfile
-from typing import Callable, Tuple
+from typing import Callable, List, Tuple
 
 import cv2
 import numpy as np
@@ -12,7 +13,8 @@ import formats
 from errors import UserError
 from formats import Unreadable
 
-MARKERS_WITHOUT_LENGTH = {0x00, 0x01, 0xff, *range(0xd0, 0xd8), 0xd9}
+# of libjpeg, about a JPEG or what is in a TIFF: it has made up what was missing
+LOST = re.compile('[Pp]remature end|instead of RST')
 
 
 class ImageReader:
@@ -53,12 +55,18 @@ def decode(encoded: bytes) -> Tuple[np.ndarray, str]:
     14 bits so; alpha by 2**16 - 1; and those of a PPM by the maximum that it names, unless that is
     2**16 - 1 too. Not for threads: meanwhile, stderr is another file."""
     if encoded.startswith(b'\xff\xd8'):
-        if not has_end(encoded):
+        kind, segments = 'JPEG', formats.list_segments(encoded)
+        if not has_end(encoded, segments):
             raise Unreadable('is a JPEG that was cut off')
-        kind = 'JPEG'
-        image, said = call_quietly(formats.read_opencv, encoded, cv2.IMREAD_COLOR)
-        if (said or image is None) and not has_end(encoded, before_next=True):
+        # OpenCV looks for EXIF in the first APP1 alone, where XMP or a thermal image may be
+        exif = [encoded[at + 4:at + 10] == b'Exif\0\0' for marker, at in segments if marker == 0xe1]
+        missed = any(exif) and not exif[0]
+        image, said = call_quietly(formats.read_opencv, encoded, cv2.IMREAD_COLOR | (
+            cv2.IMREAD_IGNORE_ORIENTATION if missed else 0))
+        if (said or image is None) and not has_end(encoded, segments, before_next=True):
             raise Unreadable('is a JPEG that was cut off')
+        if missed and image is not None:
+            image = formats.turn(image, encoded)
     else:
         kind, image = formats.find_format(encoded), None
     if image is None:
@@ -66,28 +74,23 @@ def decode(encoded: bytes) -> Tuple[np.ndarray, str]:
     if not said:
         return image, ''
     line = said.strip().split('\n')[0][:120]
-    if 'remature end' in said:  # of JPEG data, inside a TIFF too: libjpeg has made up the rest
+    if LOST.search(said):
         raise Unreadable(f'is a {kind} that lacks a part: {line}')
     return image, line
 
 
-def has_end(jpeg: bytes, before_next: bool = False) -> bool:
+def has_end(jpeg: bytes, segments: List[Tuple[int, int]], before_next: bool = False) -> bool:
     """Whether a JPEG has its end marker, and before_next: another JPEG begins. The missing rows of
     one that was cut off would be pieces of other images: OpenCV leaves the memory as it is. PIL,
     hence the official code, refuses it."""
     # The marker counts behind the first start of scan (0xda): a thumbnail before it has its own.
     # What may follow the marker, a video say, does not matter. From the end it is found at once;
     # forwards it takes 5 % of the time of an image, so that is for those that libjpeg warns of.
-    at = 2
-    while at + 4 <= len(jpeg):
-        if jpeg[at] != 0xff or jpeg[at + 1] in MARKERS_WITHOUT_LENGTH:
-            at += 1
-        elif jpeg[at + 1] in (0xd8, 0xda):
-            end = jpeg.find(b'\xff\xd8', at) if before_next else -1
-            return jpeg.rfind(b'\xff\xd9', at, end if end >= 0 else len(jpeg)) > 0
-        else:
-            at += 2 + int.from_bytes(jpeg[at + 2:at + 4], 'big')
-    return False
+    marker, at = segments[-1] if segments else (None, 0)
+    if marker not in formats.LAST_MARKERS:
+        return False
+    end = jpeg.find(b'\xff\xd8', at) if before_next else -1
+    return jpeg.rfind(b'\xff\xd9', at, end if end >= 0 else len(jpeg)) > 0
 
 
 def call_quietly(function: Callable, *arguments) -> tuple:

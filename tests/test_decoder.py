@@ -68,21 +68,23 @@ def png(numbers, bits, kind=0, interlaced=False):
             b'IDAT', zlib.compress(content)) + chunk(b'IEND', b'')
 
 
-def tiff(numbers, order='<', **tags):
-    """A TIFF of numbers [h, w, channels], not compressed; more tags: t274=(3,)."""
+def tiff(numbers, order='<', big=False, **tags):
+    """A TIFF or BigTIFF of numbers [h, w, channels], not compressed; more tags: t274=(3,)."""
     height, width, channels = numbers.shape
     content = numbers.astype(numbers.dtype.newbyteorder(order)).tobytes()
     entries = {256: (width,), 257: (height,), 258: (8 * numbers.itemsize,) * channels, 259: (1,),
                262: (2 if channels >= 3 else 1,), 273: (1000,), 277: (channels,), 278: (height,),
                279: (len(content),)}
     entries.update({int(name[1:]): values for name, values in tags.items()})
-    file, extra = struct.pack(order + 'HLH', 42, 8, len(entries)), 500
+    file, extra = (struct.pack(order + 'HHHQQ', 43, 8, 0, 16, len(entries)) if big else
+                   struct.pack(order + 'HLH', 42, 8, len(entries))), 500
     file, more = (b'II' if order == '<' else b'MM') + file, b''
+    number, size = ('Q', 8) if big else ('L', 4)
     for tag, values in sorted(entries.items()):
         value = struct.pack(order + '%dH' % len(values), *values)
-        if len(value) > 4:
-            value, more = struct.pack(order + 'L', extra + len(more)), more + value
-        file += struct.pack(order + 'HHL', tag, 3, len(values)) + value.ljust(4, b'\0')
+        if len(value) > size:
+            value, more = struct.pack(order + number, extra + len(more)), more + value
+        file += struct.pack(order + 'HH' + number, tag, 3, len(values)) + value.ljust(size, b'\0')
     return (file.ljust(extra, b'\0') + more).ljust(1000, b'\0') + content
 
 
@@ -195,6 +197,39 @@ def test_images_are_turned_as_their_exif_says(kind, orientation):
     np.testing.assert_allclose(pixels(content), expected, atol=3 if kind == 'JPEG' else 0)
 
 
+EXIF = b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<HHHLLL', 1, 0x0112, 3, 1, 6, 0)
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x/>'
+RAW = b'\nexif\n%8d\n' % len(EXIF) + EXIF.hex().encode()
+# kind of image: where else its orientation, 6, may be
+TURNED = {'JPEG': [(XMP, EXIF), (b'FLIR\0\0', XMP, EXIF), (EXIF, XMP),
+                   (EXIF, EXIF[:-8] + bytes(8))],
+          'PNG': [(b'tEXt', b'Raw profile type exif\0' + RAW),
+                  (b'zTXt', b'Raw profile type exif\0\0' + zlib.compress(RAW)),
+                  (b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')]}
+UPRIGHT = {'JPEG': [(XMP, XMP), (XMP, EXIF[:12] + b'junk'), (EXIF[:-8] + bytes(8), EXIF),
+                    (b'junk\0\0' + EXIF[6:], EXIF[:-8] + bytes(8))],
+           'PNG': [(b'tEXt', b'Raw profile type exif\0junk'),
+                   (b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="1"/>')]}
+
+
+@pytest.mark.parametrize('kind, parts, turned', [
+    (kind, parts, table is TURNED) for table in (TURNED, UPRIGHT) for kind in table
+    for parts in table[kind]])
+def test_orientations_are_found_elsewhere(kind, parts, turned, recwarn):
+    plain = encode(SMALL, kind)
+    content = add_chunk(plain, *parts) if kind == 'PNG' else plain[:2] + b''.join(
+        struct.pack('>HH', 0xffe1, 2 + len(part)) + part for part in parts) + plain[2:]
+    np.testing.assert_array_equal(pixels(content), np.rot90(pixels(plain), -1 if turned else 0))
+    assert not len(recwarn)
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+def test_only_exif_needs_pillow(kind, monkeypatch):
+    content = encode(SMALL, kind)
+    monkeypatch.setattr(Image, 'open', None)
+    assert pixels(content).shape == (24, 32, 3)
+
+
 @pytest.mark.parametrize('exif', [b'MM\0*\0\0\xff\xff junk', b'junk'])
 def test_exif_that_is_damaged_turns_nothing(exif):
     content = add_chunk(encode(SMALL, 'PNG'), b'eXIf', exif)
@@ -215,7 +250,9 @@ def test_16_bits_are_scaled_by_those_in_use(bits):
         deep = numbers.astype(np.uint16)
         netpbm = b'P%d 30 20 65535\n' % (5 if channels == 1 else 6) + deep.astype('>u2').tobytes()
         for content in (png(numbers, 16, png_kind), png(numbers, 16, png_kind, True), tiff(deep),
-                        tiff(deep, '>'), netpbm):
+                        tiff(deep, '>'), tiff(deep, big=True), netpbm, tiff(
+                            deep, t278=(16,), t273=(1000, 1000 + 960 * channels),  # two strips
+                            t279=(960 * channels, 240 * channels))):
             np.testing.assert_array_equal(pixels(content), expected)
 
 
@@ -223,6 +260,8 @@ def test_constants_of_16_bits():
     for number, expected in ((0, 0), (255, 255), (256, 128), (4095, 255), (0x80ff, 128)):
         image = pixels(cv2.imencode('.png', np.full((2, 2), number, np.uint16))[1].tobytes())
         np.testing.assert_array_equal(image, np.full((2, 2, 3), expected))
+    # as the bytes that IDAT begins with, which are no transparent gray
+    assert pixels(png(np.full((1, 1, 1), 0x789c), 16)).tolist() == [[[240] * 3]]
 
 
 @pytest.mark.parametrize('bits', [12, 16])
@@ -244,7 +283,8 @@ def test_16_bits_with_alpha(bits):
 def test_one_gray_of_a_png_may_be_transparent(bits):
     numbers = random_numbers(bits, 1)
     clear = int(numbers[7, 7, 0])
-    content = add_chunk(png(numbers, bits), b'tRNS', struct.pack('>H', clear))
+    content = add_chunk(add_chunk(png(numbers, bits), b'tRNS', struct.pack('>H', clear)),
+                        b'tEXt', b'Comment\0not tRNS, IDAT')
     expected = np.where(numbers == clear, 255, np.rint(numbers * 255 / (2**bits - 1)))
     np.testing.assert_array_equal(pixels(content), np.broadcast_to(expected, (20, 30, 3)))
 
@@ -271,6 +311,13 @@ def test_bmps_are_opaque():
                          0xff0000, 0xff00, 0xff, 0xff000000)[:56]
     bmp = b'BM' + struct.pack('<LLL', 14 + 56 + 8, 0, 14 + 56) + header + b'\x3c\x1e\xc8\0' * 2
     assert pixels(bmp).tolist() == [[[60, 30, 200]] * 2]
+    # with masks in which OpenCV would not look
+    header = struct.pack('<LllHHLLllLLLLL', 40, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0,
+                         0xff000000, 0xff0000, 0xff00)
+    bmp = b'BM' + struct.pack('<LLL', 14 + 52 + 8, 0, 14 + 52) + header + b'\0\x3c\x1e\xc8' * 2
+    assert pixels(bmp).tolist() == [[[60, 30, 200]] * 2]
+    assert refuse(bmp.replace(b'\xff\0', b'\x3f\0')) == (
+        'is a BMP that cannot be decoded: Unsupported BMP bitfields layout')
     # white of 16 bits
     header = struct.pack('<LllHHLLllLL', 40, 2, 1, 1, 16, 0, 4, 0, 0, 0, 0)
     bmp = b'BM' + struct.pack('<LLL', 14 + 40 + 4, 0, 14 + 40) + header + b'\xff\x7f' * 2
@@ -329,6 +376,11 @@ def test_a_jpeg_that_is_broken_in_the_middle():
     for end in (b'\xff\xd9', whole[half + 99:]):
         assert refuse(whole[:half] + end) == (
             'is a JPEG that lacks a part: Corrupt JPEG data: premature end of data segment')
+    # between restart markers, which it may lack
+    small = JPEGS['small, 0, 1']
+    for end in (b'\xff\xd9', small[small.index(b'\xff\xd1'):]):
+        assert refuse(small[:small.index(b'\xff\xd0')] + end).startswith(
+            'is a JPEG that lacks a part: Corrupt JPEG data: found marker 0xd')
     # one that has a piece twice is used, but has nothing of other images
     seen = []
     for before in (0, 255):
@@ -354,24 +406,35 @@ def huge_jpeg():
     return JPEGS['plain'][:at] + struct.pack('>HH', 40000, 40000) + JPEGS['plain'][at + 4:]
 
 
+def change_frame(at, byte):
+    at += JPEGS['plain'].index(b'\xff\xc0') + 1  # its marker, two bytes of length, bits
+    return JPEGS['plain'][:at] + bytes([byte]) + JPEGS['plain'][at + 1:]
+
+
+LOSSLESS = 'is a lossless JPEG, for which there is no decoder here'
 TOO_LARGE = ('cannot be decoded: Image size (1600000000 pixels) exceeds limit of 178956970 pixels, '
              'could be decompression bomb DOS attack.')
 ONE = np.ones((3, 4, 1), np.uint16)
+PLANES = ('is a TIFF of 16-bit numbers in separate planes, or with white as 0, which is not read '
+          'here')
 # content, reason
 REFUSED = [
     (b'', 'is empty'),
     (bytes(1000), 'holds nothing but zeros'),
     (b'not an image\n', 'is text, not an image'),
     (b'\n<!DOCTYPE html><p>404', 'is HTML text, not an image'),
+    (b'\xef\xbb\xbf<html>404', 'is HTML text, not an image'),
+    (b'\xef\xbb\xbfnot an image\n', 'is text, not an image'),
+    (b'MM\0+\0\x08\0\0', 'is a BigTIFF, for which there is no decoder here'),
     (b'\0\0\0\x18ftypheic\0\0\0\0', 'is a HEIC or AVIF, for which there is no decoder here'),
     (b'\0\0\0\x20ftypavif\0\0\0\0', 'is a HEIC or AVIF, for which there is no decoder here'),
     (b'%PDF-1.5\n%\xd0\xd4\xc5\xd8\n', 'is none of JPEG, PNG, WebP, GIF, TIFF, BMP, PPM: '
      'its first bytes are 255044462d312e35'),
     (b'\xff\xd8', 'is a JPEG that was cut off'),
     (b'\xff\xd8\xff\xd9', 'is a JPEG that was cut off'),
-    (b'\x89PNG\r\n\x1a\n', 'is a PNG that cannot be decoded: '),
+    (b'\x89PNG\r\n\x1a\n', 'is a PNG that cannot be decoded here'),
     (b'RIFF\0\0\0\0WEBPVP8 ', 'is a WebP that cannot be decoded: '),
-    (b'GIF89a\1\0\1\0\0\0\0;', 'is a GIF that cannot be decoded: '),
+    (b'GIF89a\1\0\1\0\0\0\0;', 'is a GIF that cannot be decoded here'),
     (b'P6 0 5 100\n', 'is a PPM of 0 x 5 numbers up to 100'),
     (b'P6 5 5 65536\n' + bytes(150), 'is a PPM of 5 x 5 numbers up to 65536'),
     (huge_png(), 'is a PNG that ' + TOO_LARGE), (huge_jpeg(), 'is a JPEG that ' + TOO_LARGE),
@@ -383,14 +446,24 @@ REFUSED = [
      'is a TIFF of floating-point numbers, whose range nothing tells'),
     (tiff(ONE.astype(np.int8), t339=(2,)),
      'is a TIFF of signed numbers, whose range nothing tells'),
+    (tiff(ONE, t339=(4,)), 'is a TIFF of numbers of unknown kind, whose range nothing tells'),
     (tiff(ONE.astype(np.uint32)), 'is a TIFF of 32-bit numbers, whose range nothing tells'),
     (tiff(ONE, t258=(12,)), 'is a TIFF of 12-bit numbers, whose range nothing tells'),
+    (tiff(ONE, t254=(1,)), 'is a TIFF whose first page is a thumbnail, as in raw photographs'),
+    (tiff(ONE.astype(np.uint8), t259=(34712,)),
+     'is a TIFF that cannot be decoded (compression 34712)'),
+    (change_frame(0, 0xc3), LOSSLESS), (change_frame(0, 0xf7), LOSSLESS),
+    (change_frame(3, 12), 'is a JPEG of 12 bits, for which there is no decoder here'),
     (tiff(np.ones((3, 4, 2), np.uint8)), 'is a TIFF of 2 channels'),
     (tiff(np.ones((3, 4, 5), np.uint8)), 'is a TIFF of 5 channels'),
+    (tiff(ONE)[:8], 'is a TIFF that was cut off'),
+    (tiff(ONE, t262=(0,)), PLANES), (tiff(np.ones((3, 4, 3), np.uint16), t284=(2,)), PLANES),
+] + [(tiff(ONE, **tags), 'is a TIFF that was cut off') for tags in [
+    {'t279': (23,)}, {'t273': (1001,)}, {'t257': (4,)}, {'t278': (2,)},  # bytes, start, rows
+    {'t273': (1000, 1016), 't279': (15, 9), 't278': (2,)},  # the first strip lacks a byte
+    {'t322': (16,), 't323': (16,), 't324': (600,), 't325': (96,)}]  # tiles of 16 x 16
 ] + [(tiff(numbers, **tags), 'is a TIFF of 16-bit numbers that are neither gray nor RGB nor RGBA')
      for numbers, tags in [
-         (ONE, {'t262': (0,)}),  # white is 0
-         (np.ones((3, 4, 3), np.uint16), {'t284': (2,)}),  # plane after plane
          (np.ones((3, 4, 4), np.uint16), {'t262': (5,)}),  # CMYK
          (np.ones((3, 4, 4), np.uint16), {'t338': (1,)})]]  # colours are multiplied by alpha
 
