@@ -1,5 +1,6 @@
 """Files that are written: whole or not at all, and never over what belongs to the user."""
 import contextlib
+import mmap
 import os
 import stat
 import tempfile
@@ -26,11 +27,11 @@ def check_output(path: str, is_ours: Callable[[str], bool], flag: str = '',
         raise UserError(f'{name}: cannot be written: {error.strerror}')
 
 
-def starts_with(magic: bytes) -> Callable[[str], bool]:
-    """Whether a file starts with these bytes: a predicate on paths."""
+def contains(mark: bytes) -> Callable[[str], bool]:
+    """Whether a file has these bytes in it: a predicate on paths."""
     def is_ours(path):
-        with open(path, 'rb') as f:
-            return f.read(len(magic)) == magic
+        with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(mark) >= 0
     return is_ours
 
 

@@ -6,6 +6,7 @@ torchvision's and the official MoCo's models and runs the converter without Tens
 """
 import json
 import os
+import pathlib
 import pickle
 import re
 import subprocess
@@ -540,6 +541,17 @@ def test_only_weights_are_replaced(made, tmp_path, capsys):
     link.symlink_to(tmp_path / 'out.npz')
     convert(small, link, '--backbone-only')
     assert link.is_symlink() and 'queue' not in load_npz(tmp_path / 'out.npz')
+
+    for name, write in (
+            ('photos.npz', lambda path: np.savez(path, photos=np.zeros(3))),
+            ('thesis.pkl', lambda path: pathlib.Path(path).write_bytes(pickle.dumps({'a': 1})))):
+        write(str(tmp_path / name))
+        before = (tmp_path / name).read_bytes()
+        assert 'it is not replaced' in refuse(capsys, small, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    os.mkfifo(str(tmp_path / 'mine' / 'device'))
+    assert 'is no regular file' in refuse(capsys, small, tmp_path / 'mine' / 'device')
+    (tmp_path / 'mine' / 'device').unlink()
 
     mine = tmp_path / 'mine' / 'text'
     mine.write_text('mine')

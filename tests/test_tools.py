@@ -145,8 +145,9 @@ def test_any_name_is_shown_as_it_is(tmp_path, monkeypatch, ending, first, count)
 
 
 @pytest.mark.parametrize("there, replaced", [
-    (b"\x89PNG, an old picture", True), (b"", True), (b"text", False), (b"%PDF", False)])
-def test_only_a_picture_is_replaced(tmp_path, monkeypatch, there, replaced):
+    (b"\x89PNG, Software tools/plot_curves.py", True), (b"", True), (b"text", False),
+    (b"\x89PNG, a photograph", False)])
+def test_only_a_picture_of_its_own_is_replaced(tmp_path, monkeypatch, there, replaced):
     (tmp_path / "x.png").write_bytes(there)
     run = write_stats(tmp_path / "run", PRETRAIN)
     monkeypatch.setattr(sys, "argv", ["plot_curves.py", run, "--out", str(tmp_path / "x.png")])
@@ -157,6 +158,16 @@ def test_only_a_picture_is_replaced(tmp_path, monkeypatch, there, replaced):
             plot_curves.main()
     assert ((tmp_path / "x.png").read_bytes() == there) != replaced
     assert sorted(os.listdir(str(tmp_path))) == ["run", "x.png"]
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_a_picture_is_replaced_by_its_next_one(tmp_path, monkeypatch, ending):
+    run, out = write_stats(tmp_path / "run", PRETRAIN), tmp_path / f"x.{ending}"
+    monkeypatch.setattr(sys, "argv", ["plot_curves.py", run, "--out", str(out)])
+    plot_curves.main()
+    first = out.stat().st_ino
+    plot_curves.main()
+    assert out.stat().st_ino != first
 
 
 def test_run_names_take_parents_only_where_they_must():

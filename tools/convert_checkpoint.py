@@ -106,7 +106,7 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None):
         src, is_wanted, lambda path, wanted: read_pytorch(path, wanted, part))
     network = {name: arrays.pop(name) for name in [weights.NETWORK] if name in arrays}
     depth, shapes = describe(arrays)
-    problems = weights.compare(arrays, shapes)
+    problems = weights.compare(arrays, shapes) or weights.find_dead(arrays)
     if problems:
         whole = 'MoCo' if 'queue' in shapes else 'one network'
         raise UserError(f'{src}: is not all of {whole} on a ResNet-{depth}, and nothing else: '
@@ -194,18 +194,18 @@ def tell_writer(dst, backbone_only, fasterrcnn):
 def check_destination(dst, write):
     """A UserError if there is anything but what was written in this way before."""
     if write is write_tensorflow:
+        outputs.check_output(dst, lambda path: True)  # no device, say
         for ending in ('.index', '.data-00000-of-00001'):
             outputs.check_output(dst + ending, lambda path: checkpoints.is_whole(dst))
         outputs.check_output(os.path.join(os.path.dirname(dst), 'checkpoint'),
-                             outputs.starts_with(b'model_checkpoint_path'))
-    elif write is write_detectron2:
-        outputs.check_output(dst, outputs.starts_with(b'\x80'), what='file of weights')  # a pickle
-    else:
-        form = 'npz' if write in (write_npz, write_fasterrcnn) else 'pytorch'
-        if form == 'pytorch':
-            pytorch_format.import_pytorch('writing', dst)
-        outputs.check_output(dst, lambda path: weights.tell_format(path) == form,
-                             what='file of weights')
+                             outputs.contains(b'model_checkpoint_path'))
+        return
+    if write in (write_torchvision, write_moco):
+        pytorch_format.import_pytorch('writing', dst)
+    # names of the first layer, or what only this writes: all are in the file as they are
+    mark = {write_detectron2: b'matching_heuristics', write_npz: b'conv0/W.npy',
+            write_fasterrcnn: b'conv0/W.npy'}.get(write, b'conv1.weight')
+    outputs.check_output(dst, outputs.contains(mark), what='file of weights')
 
 
 def write_npz(arrays, path, depth):

@@ -40,11 +40,11 @@ Series = collections.namedtuple('Series', 'run name style x y')
 # levels: values to mark with a dashed line, each with its label
 Panel = collections.namedtuple('Panel', 'title series levels')
 
-# Okabe and Ito's colours, which the colour-blind can tell apart
-# the first bytes of pictures
-MAGIC = {'png': b'\x89PNG', 'pdf': b'%PDF', 'svg': b'<?xml', 'jpg': b'\xff\xd8',
-         'jpeg': b'\xff\xd8'}
+# what a picture's metadata say, by its format; only pictures that say so are replaced
+MARK = 'tools/plot_curves.py'
+METADATA = {'png': {'Software': MARK}, 'pdf': {'Creator': MARK}, 'svg': {'Creator': MARK}}
 
+# Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 
 
@@ -151,7 +151,8 @@ def draw(panels, names, out):
         fig.suptitle(names[0], x=0.01, ha='left', fontsize=11, color='0.35')
     inches_below = 0.2 + 0.22 * lines_below if lines_below else 0
     fig.tight_layout(rect=(0, min(inches_below / size[1], 0.7), 1, 1))
-    fig.savefig(out, dpi=130, format=picture_format(out))
+    form = picture_format(out)
+    fig.savefig(out, dpi=130, format=form, metadata=METADATA.get(form))
     plt.close(fig)
 
 
@@ -197,8 +198,8 @@ def main():
         panels = collect_panels([read_stats(run) for run in args.runs])
         if not panels:
             raise ValueError('nothing to draw in stats.json of ' + ', '.join(args.runs))
-        magic = MAGIC.get(picture_format(args.out), b'no other is known')
-        outputs.check_output(args.out, outputs.starts_with(magic), '--out', 'picture of this kind')
+        outputs.check_output(args.out, outputs.contains(MARK.encode()), '--out',
+                             'picture that this made')
         with outputs.replace(args.out) as path:
             draw(panels, name_runs(args.runs), path)
     except (OSError, ValueError) as e:
