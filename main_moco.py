@@ -121,8 +121,11 @@ def parse_args(argv=None):
         'continued (default: train_log/ and the name of the recipe, as moco_v2)')
     add('--load', metavar='FILE', help='start from these weights, of both encoders and the queue: '
         'a checkpoint, its folder, an .npz or the official .pth.tar')
+    add('--init', metavar='FILE', help='start from these weights of a backbone, in both encoders, '
+        'with a fresh head and queue: as --load, or ResNet of torchvision')
     add('--knn-every', type=int, default=0, metavar='N', help='kNN classification of val/ by '
         'train/ every N epochs; needs class folders (default: never)')
+    add('--knn-data', metavar='DIR', help='labelled images for --knn-every (default: --data)')
     add('--amp', action='store_true', help='compute convolutions in 16 bits: bfloat16 on a CPU '
         'that has it (TensorFlow 2.21), float16 on a GPU (never tried on one)')
     flags.add_run_flags(group, compiled='key encoder')
@@ -144,10 +147,13 @@ def parse_args(argv=None):
         '--cos takes it as it is', decay=1e-4, decay_help='of all trainable variables')
 
     args = parser.parse_args(argv)
-    if bool(args.data) == args.fake:
+    if (args.data is not None) == args.fake:
         parser.error('give either --data DIR or --fake')
-    if args.fake and args.knn_every:
-        parser.error('--knn-every needs --data')
+    args.knn_data = args.knn_data or args.data
+    if args.knn_every and not args.knn_data:
+        parser.error('--knn-every needs --data or --knn-data')
+    if args.load and args.init:
+        parser.error('give either --load FILE or --init FILE')
     if args.amp and args.xla:
         parser.error('--amp --xla: what XLA compiles stays in 32 bits: give one of the two')
     args.xla = False if args.amp else args.xla
@@ -172,13 +178,14 @@ def main(args):
     config = start.session_config(threads, gpus, args.amp)
     batch_size = check_sizes(args.batch, hvd.size(), args.bn_splits, args.queue_size)
     if args.knn_every:
-        inputs.check_labelled(args.data)
+        inputs.check_labelled(args.knn_data)
     logdir = args.logdir or os.path.join('train_log', name_recipe(args))
     lock = runs.open_logdir(logdir)
     checkpoint, steps_done = runs.find_resume(logdir)
-    load = weights.find_checkpoint(args.load) if args.load and hvd.rank() == 0 else None
+    given = args.load or args.init
+    load = weights.find_checkpoint(given) if given and hvd.rank() == 0 else None
     if load and checkpoint:
-        logger.warn(f'--load {args.load} is not used: {logdir} holds a run, which goes on')
+        logger.warn(f'{given} is not used: {logdir} holds a run, which goes on')
     described = network.settle(args, checkpoint or load)
 
     # data
@@ -218,15 +225,19 @@ def main(args):
     if checkpoint:
         first = runs.resume(checkpoint)
         logger.info(f'continuing {checkpoint} after step {steps_done}')
-    elif load:
+    elif load and args.load:
         first = runs.Assign(weights.load_weights(load, weights.is_model, tf.global_variables()))
+    elif load:
+        first = runs.Assign(
+            weights.load_weights(load, weights.is_backbone, tf.global_variables()),
+            model.copy_to_key_encoder())
     else:
         first = runs.Assign({}, model.copy_to_key_encoder())
 
     # train
     def features(images):
         return resnet.compile_if(model.use_xla, lambda x: net(x, training=False), images)
-    knn = [OnlineKNN(args.knn_every, features, args.data, args.image_size, folder + '-knn',
+    knn = [OnlineKNN(args.knn_every, features, args.knn_data, args.image_size, folder + '-knn',
                      args.workers, args.cpus)] if args.knn_every else []
     trainer.run([Save(max_to_keep=10)] + knn, first, steps_per_epoch, steps_done, max_steps)
     if server:

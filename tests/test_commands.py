@@ -44,7 +44,9 @@ def runs(tmp_path_factory, images):
         pretrain('v1', '--data', images, *SHORT, '--max-steps', 12, '--workers', 1)
         train_linear('--max-steps', 3)
         train_linear()
-        pretrain('fake', '--fake', '--v2', '--steps-per-epoch', 3, '--epochs', 1)
+        pretrain('fake', '--fake', '--v2', '--steps-per-epoch', 3, '--epochs', 1,
+                 '--knn-every', 1, '--knn-data', images)
+        pretrain('from_init', '--fake', '--v2', '--max-steps', 0, '--init', root / 'v1')
         pretrain('large_batch_v1', '--fake', *LARGE_BATCH)
 
     def stopped_and_v2():
@@ -131,6 +133,25 @@ def test_pretraining_starts_from_given_weights(runs, source, name):
     assert 'momentum_encoder/conv0/W' in given and 'queue' in given
     for variable in given:
         np.testing.assert_array_equal(started[variable], given[variable], err_msg=variable)
+
+
+def test_pretraining_starts_from_a_backbone(runs, v1):
+    given, started = read_checkpoint(v1, 12), read_checkpoint(runs.root / 'from_init', 0)
+    backbone = list(filter(is_backbone, given))
+    assert len(backbone) == 100
+    for name in backbone:
+        np.testing.assert_array_equal(started[name], given[name], err_msg=name)
+        np.testing.assert_array_equal(started['momentum_encoder/' + name], given[name])
+    # what is fresh: head and queue, the head of v2 too
+    assert not np.array_equal(started['queue'], given['queue'])
+    np.testing.assert_array_equal(started['momentum_encoder/linear1_128/W'],
+                                  started['linear1_128/W'])
+    assert started['queue_ptr'] == 0 and started['global_step'] == 0
+
+
+def test_knn_of_other_images_than_those_of_training(runs):
+    epoch, = read_json(runs.root, 'fake', 'stats.json')
+    assert 0 <= epoch['knn_top1'] <= 100
 
 
 def test_v2_without_data(runs):
