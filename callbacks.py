@@ -94,14 +94,14 @@ class ShowProgress(Callback):
         self._means, self._batch = means, batch
         self._steps_per_epoch, self._max_steps = steps_per_epoch, max_steps
         self._between = []  # seconds between epochs, of evaluation
-        self._progress = self._ended = None
+        self._progress, self._ended = Progress(), None
 
     def _before_epoch(self):
         if self._ended is not None:
             self._between.append(time.time() - self._ended)
         self._first = (self.epoch_num - 1) * self._steps_per_epoch
-        self._progress = Progress(f'epoch {self.epoch_num}/{self.trainer.max_epoch}',
-                                  min(self._steps_per_epoch, self._max_steps - self._first))
+        self._progress.begin(f'epoch {self.epoch_num}/{self.trainer.max_epoch}',
+                             min(self._steps_per_epoch, self._max_steps - self._first))
 
     def _trigger_step(self):
         self._progress.update(self.global_step - self._first, self._describe)
@@ -117,11 +117,10 @@ class ShowProgress(Callback):
 
     def _after_epoch(self):
         self._ended = time.time()
-        self._progress.close()
+        self._progress.end()
 
     def _after_train(self):  # after an error too
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()
 
 
 class Save(ModelSaver):
@@ -158,7 +157,9 @@ class Save(ModelSaver):
             raise UserError(f'{wrong[0]} is not finite after step {self.global_step}: stopped; '
                             'checkpoints are of earlier steps')
         try:
-            os.makedirs(self.checkpoint_dir, exist_ok=True)
+            if not os.path.isdir(self.checkpoint_dir):
+                logger.warn(f'{self.checkpoint_dir} was moved or removed: it is made anew')
+                os.makedirs(self.checkpoint_dir)
             path = self.saver.save(
                 self.trainer.sess, self.path, global_step=tf.train.get_global_step(),
                 write_meta_graph=False, write_state=False)

@@ -130,7 +130,8 @@ def write_npz(path, rows, arrays):
     with outputs.replace(path) as temporary, zipfile.ZipFile(temporary, 'w', allowZip64=True) as z:
         with z.open('features.npy', 'w', force_zip64=True) as f:
             np.lib.format.write_array_header_1_0(f, {
-                'descr': '<f4', 'fortran_order': False, 'shape': (int(rows.written.sum()), rows.dim)})
+                'descr': '<f4', 'fortran_order': False,
+                'shape': (int(rows.written.sum()), rows.dim)})
             for chunk in rows.chunks():
                 f.write(chunk.tobytes())
         for name, array in arrays.items():

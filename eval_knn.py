@@ -64,7 +64,8 @@ def knn_vote(similarity, labels, num_classes, temp=None):
 
 def normalize(x):
     """[n, D] -> [n, D] with rows of length 1."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    norm = np.sqrt(np.einsum('nd,nd->n', x, x, dtype=np.float64))  # its squares may be large
+    return x / np.maximum(norm, 1e-12).astype(x.dtype)[:, np.newaxis]
 
 
 class KNN:
@@ -191,7 +192,7 @@ def parse_args(argv=None):
     flags.add_run_flags(parser, compiled='network')
     flags.add_network_flags(parser)
     args = parser.parse_args(argv)
-    if bool(args.load) == args.pixels:
+    if (args.load is not None) == args.pixels:
         parser.error('give either --load FILE or --pixels')
     flags.check(parser, args, 'k', 'knn_temp')
     if args.pixels and (args.head or args.all):
@@ -219,7 +220,7 @@ def main(args):
     outs = [args.out or (path and path + ('.head' if args.head else '') + '.knn.json')
             for path in paths]
     for out in filter(None, outs if hvd.rank() == 0 else []):
-        outputs.check_output(out, is_result, '--out' if out == args.out else '')
+        outputs.check_output(out, is_result, '--out' if args.out else 'without --out:')
 
     net = network.build(described, gpus)
 
@@ -244,6 +245,8 @@ def main(args):
                 network.check_features(sess, *knn.tensors, path)
             with shutdown.explain('evaluation'):
                 result = knn.run(sess, center=args.pixels)
+            if result['bank'] <= args.k:
+                logger.warn(f'--k {args.k}: all of the {result["bank"]} images of the bank vote')
             result.update(
                 load=path or 'raw pixels',
                 features='pixels' if args.pixels else 'head' if args.head else 'backbone',
@@ -254,8 +257,11 @@ def main(args):
                     '{images} images by {bank}, {features} features, k {k}, t {temp}'
                     .format(**result))
                 if out:
-                    with outputs.replace(out) as temporary, open(temporary, 'w') as f:
-                        json.dump(result, f, indent=1)
+                    try:
+                        with outputs.replace(out) as temporary, open(temporary, 'w') as f:
+                            json.dump(result, f, indent=1)
+                    except OSError as error:
+                        raise UserError(f'{out}: cannot be written: {error.strerror}')
 
 
 if __name__ == '__main__':

@@ -68,7 +68,8 @@ class EvaluationPass:
         num_images = self._server.start()['images']
         batches = data.num_bounded_batches(hvd.rank(), hvd.size(), self._batch, num_images)
         images = len(range(hvd.rank(), num_images, hvd.size()))  # of this rank
-        with contextlib.closing(Progress(f'images of {self._split}/', images)) as progress:
+        with contextlib.closing(Progress()) as progress:
+            progress.begin(f'images of {self._split}/', images)
             for i in range(data.num_turns(batches, self._server.workers_per_rank)):
                 result = ranks.run_alone(sess, fetches if i < batches else self.labels)
                 if i < batches:
@@ -83,3 +84,6 @@ def check_labelled(root: str) -> None:
         images = image_lists.list_images(root, split, labelled=True)
         if len(images.files) < hvd.size():
             raise UserError(f'{root}/{split}: {len(images.files)} images for {hvd.size()} ranks')
+        if len(images.classes) < 2:
+            raise UserError(f'{root}/train: has one class only, {images.classes[0]}: nothing could '
+                            'be told apart')

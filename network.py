@@ -20,6 +20,21 @@ PUBLISHED = {'depth': 50, 'width': 64, 'stem': 'imagenet', 'image_size': 224,
              'mean_bgr': resnet.MEAN_BGR.tolist(), 'std_bgr': resnet.STD_BGR.tolist()}
 
 
+def is_size(value) -> bool:
+    return type(value) is int and 0 < value < 2**16
+
+
+def is_colour(value) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(
+        isinstance(number, (int, float)) and 0 < number < 256 for number in value)
+
+
+# what a description may hold, and which values
+KNOWN = {'depth': lambda value: is_size(value) and value in resnet.DEPTHS, 'width': is_size,
+         'stem': lambda value: isinstance(value, str) and value in resnet.STEMS,
+         'image_size': is_size, 'mean_bgr': is_colour, 'std_bgr': is_colour}
+
+
 def settle(args, path: Optional[str]) -> dict:
     """What the network is, as PUBLISHED: as flags say, or the weights in a file (None for none, on
     all but rank 0, which tells the others), or else as published; args follow. A UserError if a
@@ -27,8 +42,7 @@ def settle(args, path: Optional[str]) -> dict:
     told = json.loads(ranks.broadcast_text(json.dumps(
         weights.read_network(path) if path and hvd.rank() == 0 else {})))
     for name, value in told.items():
-        if type(value) is not type(PUBLISHED.get(name)) or name == 'depth' and (
-                value not in resnet.DEPTHS) or name == 'stem' and value not in resnet.STEMS:
+        if not (name in KNOWN and KNOWN[name](value)):
             raise UserError(f'{path}: is of a network with {name} {value}, which is not known here')
     network = dict(PUBLISHED, **told)
     for name in ('depth', 'width', 'stem', 'image_size'):

@@ -1,9 +1,11 @@
 """A run on disk: its log folder, where it is continued from, and how long it is."""
+import contextlib
 import fcntl
 import glob
 import json
 import math
 import os
+import re
 import socket
 import tempfile
 
@@ -20,6 +22,9 @@ from job import ranks
 MARKER = 'resume-me'  # file in the log folder of a run that was asked to stop
 STOPPED = 'stopped'  # in stats.json: that was not a whole epoch, or one without evaluation
 STATS = 'stats.json'
+LOCK = 'lock'
+# what was being written when a run was killed
+UNFINISHED = re.compile(r'model-\d+\.\S+\.tempstate\d+$|\.\d+-(stats\.json|checkpoint)$')
 
 
 # ---- the log folder
@@ -32,32 +37,48 @@ def open_logdir(logdir: str):
     try:
         os.makedirs(logdir, exist_ok=True)
         tempfile.TemporaryFile(dir=logdir).close()
-        lock = lock_folder(logdir)
     except OSError as error:
         raise UserError(f'--logdir {logdir}: cannot be written: {error.strerror}')
-    for name in ('model-*.tempstate*', f'.*-{STATS}', '.*-checkpoint'):
-        for path in glob.glob(os.path.join(glob.escape(logdir), name)):
-            os.remove(path)  # was being written when a run was killed
+    for name in (LOCK, STATS, MARKER, 'checkpoint', 'log.log'):
+        path = os.path.join(logdir, name)
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UserError(f'{path}: is no file, but one of that name is to be written')
+    lock = lock_folder(logdir)
+    for entry in list(os.scandir(logdir)):
+        if UNFINISHED.match(entry.name) and entry.is_file(follow_symlinks=False):
+            os.remove(entry.path)
     logger.set_logger_dir(logdir, action='k')
     set_damaged_aside(os.path.join(logdir, STATS))
     return lock
 
 
 def lock_folder(logdir):
-    """An open file, whose lock the system drops when the process ends, however it ends."""
-    lock = open(os.path.join(logdir, 'lock'), 'a+')
+    """Locks of the folder and of a file in it, which the system drops when the process ends,
+    however it ends. The file says whose they are; it may be removed, and NFS cannot lock a folder."""
+    path, locks, problems = os.path.join(logdir, LOCK), contextlib.ExitStack(), []
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(f'--logdir {logdir}: is in use by another job ({lock.read().strip()})')
+        file = locks.enter_context(open(path, 'a+'))
     except OSError as error:
-        logger.warn(f'--logdir {logdir}: its disk has no locks ({error.strerror}): see that no two '
+        raise UserError(f'{path}: cannot be written: {error.strerror}')
+    folder = os.open(logdir, os.O_RDONLY)
+    locks.callback(os.close, folder)
+    for descriptor in (folder, file):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            locks.close()
+            raise UserError(f'--logdir {logdir}: is in use by another job ({owner})')
+        except OSError as error:
+            problems.append(error.strerror)
+    if len(problems) == 2:
+        logger.warn(f'--logdir {logdir}: its disk has no locks ({problems[1]}): see that no two '
                     'jobs write there')
-    lock.truncate(0)
-    lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-    lock.flush()
-    return lock
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    return locks
 
 
 def read_stats(path: str) -> list:
@@ -110,11 +131,12 @@ def _find_readable(logdir):
                             'and another --logdir')
         return path, int(values['global_step'])
     # what has no index was being written when its run was killed
-    parts = glob.glob(os.path.join(glob.escape(logdir), '*.index'))
+    found = [os.path.basename(path) for pattern in ('*.index', STATS + '.damaged-*')
+             for path in sorted(glob.glob(os.path.join(glob.escape(logdir), pattern)))][:6]
     epochs = read_stats(os.path.join(logdir, STATS))
-    if parts or epochs:
-        found = [os.path.basename(part) for part in sorted(parts)[:6]] + [
-            f'{STATS} of {len(epochs)} epochs'] * bool(epochs)
+    found += [f'{STATS} of {len(epochs)} epochs'] * bool(epochs)
+    found += ['the file checkpoint'] * bool(checkpoints.list_kept(logdir))
+    if found:
         raise UserError(f'--logdir {logdir}: has no checkpoint that can be read, but '
                         f'{", ".join(found)}, which a new run would write over: mend that, or take '
                         'another folder')
@@ -164,12 +186,19 @@ def count_steps(args, num_images: int):
 
 def count_epochs(steps_per_epoch: int, steps_done: int, max_steps: int) -> int:
     """How many epochs a run that is continued has done to their very end, evaluation included: its
-    stats.json has them, and does not say that it was stopped."""
+    stats.json has them, and does not say that it was stopped. Warns if its epochs were others."""
+    epochs = read_stats(os.path.join(logger.get_logger_dir(), STATS)) if hvd.rank() == 0 else []
+    ends = {epoch['epoch_num']: epoch['global_step'] for epoch in epochs if epoch.get('epoch_num')}
+    others = [end // number for number, end in ends.items() if end > number * steps_per_epoch
+              or end < number * steps_per_epoch and number < max(ends)]  # the last may not be whole
+    if others:
+        logger.warn(f'the epochs of this run had {others[-1]} steps, now they have '
+                    f'{steps_per_epoch}: --batch, or the number of images, is another one; the '
+                    'schedule goes on as if it had always been so')
     if steps_done % steps_per_epoch and steps_done < max_steps:
         return steps_done // steps_per_epoch
     complete, = ranks.broadcast([int(hvd.rank() == 0 and any(
-        epoch['global_step'] == steps_done and STOPPED not in epoch
-        for epoch in read_stats(os.path.join(logger.get_logger_dir(), STATS))))])
+        epoch['global_step'] == steps_done and STOPPED not in epoch for epoch in epochs))])
     return max(0, math.ceil(steps_done / steps_per_epoch) - (not complete))
 
 

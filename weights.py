@@ -66,8 +66,8 @@ def check_weights(path: str, weights: Weights, variables) -> None:
     meaning."""
     problems = compare(weights, {v.op.name: tuple(v.shape.as_list()) for v in variables})
     if problems:
-        raise UserError(f'{path}: does not fit this network (other depth, width, stem or recipe?): '
-                        + enumerate_some(problems))
+        raise UserError(f'{path}: does not fit this network (other depth, width, stem, recipe or '
+                        'script?): ' + enumerate_some(problems))
     problems = find_dead(weights)
     if problems:
         raise UserError(f'{path}: is of a network that computes nothing: '
@@ -75,11 +75,17 @@ def check_weights(path: str, weights: Weights, variables) -> None:
 
 
 def find_dead(weights: Weights) -> List[str]:
-    """Which weights are not finite, or a layer of zeros: sentences."""
-    return ([f'{name} is not finite' for name, array in sorted(weights.items())
-             if array.dtype.kind == 'f' and not np.isfinite(array).all()] +
-            [f'{name} is zero' for name, array in sorted(weights.items())
-             if name.endswith('/W') and not array.any()])
+    """Which weights are no numbers, not finite in float32, or a layer of zeros: sentences."""
+    sentences = []
+    for name, array in sorted(weights.items()):
+        with np.errstate(over='ignore'):
+            if array.dtype.kind not in 'fiub':
+                sentences.append(f'{name} is no array of numbers')
+            elif not np.isfinite(array.astype(np.float32)).all():
+                sentences.append(f'{name} is not finite')
+            elif name.endswith('/W') and not array.any():
+                sentences.append(f'{name} is zero')
+    return sentences
 
 
 def enumerate_some(sentences: List[str]) -> str:

@@ -63,7 +63,11 @@ def add_training_flags(group, epochs: int, crop_area, lr: float, lr_help: str, d
 
 
 def check(parser, args, *positive: str) -> None:
-    """A usage error unless numbers, also of a script's own flags, are positive and crops exist."""
+    """A usage error unless numbers, also of a script's own flags, are positive, crops exist, and no
+    path is empty, as that of a shell's variable may be."""
+    for name in ('data', 'load', 'init', 'logdir', 'out', 'knn_data'):
+        if getattr(args, name, None) == '':
+            parser.error(f'--{name.replace("_", "-")} is empty')
     for name in ('batch', 'epochs', 'steps_per_epoch', 'workers', 'stall_limit', 'grace', 'width',
                  'image_size', *positive):
         value = getattr(args, name, None)

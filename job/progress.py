@@ -24,30 +24,40 @@ def format_bar(share: float) -> str:
 
 
 class Progress:
-    """Shows how much is done; rank 0's alone.
+    """Shows how much is done of one thing after the other, epochs say; rank 0's alone."""
 
-    Args:
-        what, total: what is done, and how many steps (or images) that takes.
-    """
-
-    def __init__(self, what: str, total: int):
-        self._what, self._total = what, total
-        self._start = self._drawn = self._logged = time.monotonic()
-        self._recent = collections.deque(maxlen=100)  # (time, what was done) of drawings
+    def __init__(self):
+        self._start = self._drawn = self._logged = self._paused = time.monotonic()
+        self._pauses = 0.  # seconds, between two things
+        self._before = self._done = 0  # steps, of all things before, and of this one
+        self._recent = collections.deque(maxlen=100)  # (time without pauses, steps) of drawings
         self._terminal = None
         if os.environ.get('HOROVOD_RANK', '0') == '0':
             self._terminal = Terminal(of_horovodrun=True)
 
+    def begin(self, what: str, total: int) -> None:
+        """The next thing, and how many steps (or images) it takes."""
+        self._what, self._total, self._start = what, total, time.monotonic()
+        self._before, self._done = self._before + self._done, 0
+        self._pauses += self._start - self._paused
+
+    def end(self) -> None:
+        """Clear the line: other lines follow."""
+        self._paused = time.monotonic()
+        if self._terminal is not None:
+            self._terminal.clear()
+
     def update(self, done: int, describe=lambda pace: '') -> None:
         """Show it, if it is time to; `describe` makes the rest of the line of the seconds that a
         step has taken lately (None: not known)."""
-        now = time.monotonic()
+        now, self._done = time.monotonic(), done
         if self._terminal is None or now < self._drawn + DRAW_INTERVAL:
             return
         self._drawn = now
-        self._recent.append((now, done))  # not the start: the first step is slow
-        since, first = self._recent[0]
-        pace = (now - since) / (done - first) if done > first else None
+        # not from the start: the first step is slow
+        self._recent.append((now - self._pauses, self._before + done))
+        (since, first), (until, last) = self._recent[0], self._recent[-1]
+        pace = (until - since) / (last - first) if last > first else None
         left = format_seconds(pace * (self._total - done)) if pace else '?'
         share, spent, text = done / self._total, format_seconds(now - self._start), describe(pace)
         line = (f'{self._what} {format_bar(share)} {done}/{self._total} [{spent}<{left}] '
@@ -62,7 +72,6 @@ class Progress:
             logging.getLogger('tensorpack').info(', '.join(filter(None, words)))
 
     def close(self) -> None:
-        """Clear the line: other lines follow."""
         if self._terminal is not None:
             self._terminal.close()
             self._terminal = None

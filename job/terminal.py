@@ -73,10 +73,13 @@ class Terminal:
             self._fd = None
             return False
 
-    def close(self) -> None:
-        """Clear the line; the last that is shown."""
+    def clear(self) -> None:
         if self._drawn:
             self.show()
+
+    def close(self) -> None:
+        """Clear the line; the last that is shown."""
+        self.clear()
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

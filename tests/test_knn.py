@@ -68,3 +68,10 @@ def test_cold_votes_do_not_overflow(temp):
     labels = np.array([[1, 1] + [0] * 9, [2] * 6 + [0] * 5])
     with np.errstate(over='raise', invalid='raise'):
         assert eval_knn.knn_vote(similarity, labels, 3, temp).tolist() == [1, 2]
+
+
+def test_rows_of_any_length_become_1():
+    x = eval_knn.normalize(np.array([[3e25, 4e25], [3e-15, 4e-15]], np.float32))
+    assert x.dtype == np.float32
+    np.testing.assert_allclose(x[0], [0.6, 0.8], rtol=1e-6)
+    assert np.isfinite(x).all()

@@ -158,6 +158,7 @@ MISTAKES = {
         moco(data='vehicles'), ['train/ the training images, or a class', 'boat', 'bus']),
     'a class that is a dangling link': (
         lincls('--load', 'v1-18', data='dangling'), ['violet', '/nowhere/violet']),
+    'one class': (knn('--load', 'v1-18', data='one'), ['one/train: has one class only, b']),
     'splits': (moco('--bn-splits', 3), ['--bn-splits 3', '8 images', '1, 2, 4, 8']),
     'batch over images': (moco('--batch', 16), ['12 images', '--batch of 16']),
     'logdir below a file': (
@@ -238,7 +239,8 @@ def test_a_mistake_gets_one_line(failures, name):
                                                  ','.join(map(str, sorted(cores.CORES)))]),
     (['--fake', '--cpus', ','.join(map(str, cores.CORES))],
      ['--cpus:', 'leaves no core for the trainers']),
-    (['--fake', '--knn-every', '1'], ['--knn-every needs --data']),
+    (['--fake', '--knn-every', '1'], ['--knn-every needs --data or --knn-data']),
+    (['--fake', '--load', 'x', '--init', 'y'], ['either --load FILE or --init FILE']),
     (['--fake', '--amp', '--xla'], ['--amp --xla: what XLA compiles stays in 32 bits']),
     (['--fake', '--temp', '0'], ['--temp must be positive, not 0.0']),
     (['--fake', '--image-size', '0'], ['--image-size must be positive, not 0']),
@@ -247,6 +249,9 @@ def test_a_mistake_gets_one_line(failures, name):
     (['--fake', '--lr', '-1'], ['--lr must not be negative, not -1.0']),
     (['--fake', '--max-steps', '-1'], ['--max-steps must not be negative, not -1']),
     (['--fake', '--momentum', '1.5'], ['--momentum must be 0 to 1, not 1.5']),
+    (['--data', ''], ['--data is empty']),
+    (['--fake', '--load', ''], ['--load is empty']),
+    (['--fake', '--logdir', ''], ['--logdir is empty']),
     ([], ['either --data DIR or --fake'])])
 def test_flags_that_make_no_sense(flags, words, capsys):
     with pytest.raises(SystemExit) as error:
@@ -262,6 +267,8 @@ def test_flags_that_make_no_sense(flags, words, capsys):
     (['--pixels', '--all'], '--pixels has neither'),
     (['--pixels', '--stem', '3x3'], '--pixels has no network'),
     (['--load', 'x', '--all', '--out', 'y'], '--all writes one next to each'),
+    (['--load', ''], '--load is empty'),
+    (['--load', 'x', '--out', ''], '--out is empty'),
     (['--load', 'x', '--k', '0'], '--k must be positive, not 0'),
     (['--load', 'x', '--knn-temp', '0'], '--knn-temp must be positive, not 0.0')])
 def test_knn_flags_that_make_no_sense(flags, words, capsys):

@@ -20,7 +20,8 @@ logger = logging.getLogger('tensorpack')
 logger.addHandler(logging.StreamHandler(sys.stdout))
 logger.setLevel(logging.INFO)
 progress.DRAW_INTERVAL = 0
-shown = progress.Progress('epoch 3/200', 4)
+shown = progress.Progress()
+shown.begin('epoch 3/200', 4)
 def step(number):
     shown.update(number, lambda pace: 'loss 7.1')
 step(1)
@@ -48,6 +49,15 @@ class Clock:
         self.drawn += [line] * self.seen
         return self.seen
 
+    def clear(self):
+        pass
+
+
+def show(what, total):
+    shown = progress.Progress()
+    shown.begin(what, total)
+    return shown
+
 
 @pytest.mark.parametrize('seconds, words', [
     (0, '0:00'), (42.9, '0:42'), (1042, '17:22'), (11110, '3:05:10'), (86399, '23:59:59'),
@@ -58,7 +68,7 @@ def test_seconds_in_words(seconds, words):
 
 def test_line_has_share_and_times(monkeypatch):
     clock, paces = Clock(monkeypatch, True), []
-    shown = progress.Progress('epoch 3/200', 5000)
+    shown = show('epoch 3/200', 5000)
     for clock.now, done in ((20, 1), (20.4, 2), (30, 51), (31, 56), (500, 2050)):
         shown.update(done, lambda pace: paces.append(pace) or 'loss 7.1')
     # the first step took 20 seconds, which tell nothing of others; too soon, nothing is drawn
@@ -73,7 +83,7 @@ def test_line_has_share_and_times(monkeypatch):
 
 def test_pace_is_that_of_late(monkeypatch):
     clock, paces = Clock(monkeypatch, True), []
-    shown = progress.Progress('epoch 3/200', 10000)
+    shown = show('epoch 3/200', 10000)
     for done in range(1, 400):
         clock.now += 10 if done < 200 else 1
         shown.update(done, paces.append)
@@ -82,12 +92,30 @@ def test_pace_is_that_of_late(monkeypatch):
 
 def test_log_gets_a_line_a_minute(monkeypatch):
     clock = Clock(monkeypatch, False)
-    shown = progress.Progress('images of val/', 1000)
+    shown = show('images of val/', 1000)
     for second in range(1, 151):
         clock.now += 1
         shown.update(4 * second)
     assert clock.logged == ['images of val/: 244 of 1000 (24 %), 3:09 left',
                             'images of val/: 488 of 1000 (48 %), 2:08 left']
+
+
+@pytest.mark.parametrize('seen', [True, False])
+def test_short_epochs_are_shown_too(monkeypatch, seen):
+    clock, paces = Clock(monkeypatch, seen), []
+    shown = progress.Progress()
+    for epoch in range(1, 11):
+        shown.begin(f'epoch {epoch}/10', 7)
+        for step in range(1, 8):
+            clock.now += 1
+            shown.update(step, lambda pace: paces.append(pace) or '')
+        shown.end()
+        clock.now += 100 if epoch == 5 else 0  # an evaluation, which is none of the steps' time
+    assert paces[0] is None and paces[1:] == [1] * (len(paces) - 1)
+    if seen:
+        assert len(clock.drawn) == 70 and clock.drawn[7].startswith('epoch 2/10  14%')
+    else:
+        assert clock.logged[0].startswith('epoch 6/10: 1 of 7')
 
 
 def test_terminal_shows_the_last_line_and_it_goes():

@@ -1,6 +1,7 @@
 """runs.py, checkpoints.py, network.py: what is in a log folder is never trained over from step 0,
 never written by two jobs, and always known for what it is."""
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -115,9 +116,12 @@ def test_the_newest_whole_checkpoint_is_continued(tmp_path, said, name):
 
 
 @pytest.mark.parametrize('pattern, found', [
-    ('model-*', 'stats.json of 2 epochs'),
-    ('model-*.index', 'stats.json of 2 epochs'),
-    ('model-*.data*', 'model-3.index, model-5.index, stats.json of 2 epochs')])
+    ('model-*', 'stats.json of 2 epochs, the file checkpoint'),
+    ('model-*.index', 'stats.json of 2 epochs, the file checkpoint'),
+    ('[mc]*', 'stats.json of 2 epochs'),
+    ('[ms]*', 'the file checkpoint'),
+    ('[ms]*.[ij]*', 'the file checkpoint'),
+    ('model-*.data*', 'model-3.index, model-5.index, stats.json of 2 epochs, the file checkpoint')])
 def test_what_cannot_be_continued_is_not_trained_over(tmp_path, said, pattern, found):
     folder = write_run(tmp_path)
     remove(folder, pattern)
@@ -150,11 +154,51 @@ def test_damaged_curves_are_kept_aside(tmp_path, said, monkeypatch, content):
     write_run(tmp_path)
     (tmp_path / 'stats.json').write_text(content)
     for number in (1, 2):
-        runs.open_logdir(str(tmp_path))
+        runs.open_logdir(str(tmp_path)).close()
         assert (tmp_path / f'stats.json.damaged-{number}').read_text() == content
         assert not (tmp_path / 'stats.json').exists()
         assert 'stats.json cannot be read' in said[-1] and len(said) == number
         (tmp_path / 'stats.json').write_text(content)
+    (tmp_path / 'stats.json').unlink()
+    remove(tmp_path, 'model-*')
+    remove(tmp_path, 'checkpoint')
+    with pytest.raises(UserError, match='no checkpoint .* but stats.json.damaged-1, stats'):
+        runs.find_resume(str(tmp_path))  # they tell that there was a run
+
+
+@pytest.mark.parametrize('name', ['lock', 'stats.json', 'resume-me', 'checkpoint', 'log.log'])
+@pytest.mark.parametrize('make', [
+    lambda path: path.mkdir(), lambda path: os.mkfifo(str(path)),
+    lambda path: path.symlink_to('/nowhere/x')])
+def test_what_is_no_file_is_seen_at_the_start(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f'{tmp_path}/{name}: is no file, but one of that name'):
+        runs.open_logdir(str(tmp_path))
+
+
+def test_only_what_a_kill_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(logger, 'set_logger_dir', lambda path, action: None)
+    kept = ['.good-checkpoint', 'model-best.tempstate.txt', '.1-notes', 'model-7.index',
+            '.x-stats.json']
+    left = ['model-7.index.tempstate123', 'model-7.data-00000-of-00001.tempstate9',
+            '.77-stats.json', '.8-checkpoint']
+    for name in kept + left:
+        (tmp_path / name).write_text('x')
+    (tmp_path / '.9-checkpoint').mkdir()
+    runs.open_logdir(str(tmp_path)).close()
+    assert sorted(os.listdir(str(tmp_path))) == sorted(kept + ['.9-checkpoint', 'lock'])
+
+
+@pytest.mark.parametrize('epochs, warned', [
+    ([(1, 7), (2, 14)], None), ([(1, 4), (1, 7), (2, 14)], None), ([(1, 7), (2, 9)], None),
+    ([(1, 3)], None), ([], None), ([(1, 14)], 14), ([(1, 3), (2, 6)], 3), ([(1, 14), (2, 28)], 14)])
+def test_epochs_of_another_length_are_said(tmp_path, said, monkeypatch, epochs, warned):
+    monkeypatch.setattr(logger, 'get_logger_dir', lambda: str(tmp_path))
+    (tmp_path / 'stats.json').write_text(json.dumps(
+        [{'epoch_num': number, 'global_step': step} for number, step in epochs]))
+    runs.count_epochs(7, 14, 70)
+    assert [line.split(':')[0] for line in said] == [] if warned is None else [
+        f'the epochs of this run had {warned} steps, now they have 7']
 
 
 def test_a_number_of_newest_checkpoints_is_kept_also_after_going_on(tmp_path, monkeypatch):
@@ -220,6 +264,9 @@ def test_a_folder_has_one_job_and_a_killed_one_leaves_no_lock(tmp_path, monkeypa
                 runs.open_logdir(str(tmp_path))
             assert f'is in use by another job (process {process.pid} on ' in str(error.value)
             assert sorted(os.listdir(str(tmp_path))) == before
+            (tmp_path / 'lock').unlink()  # as people do
+            with pytest.raises(UserError, match='is in use by another job'):
+                runs.open_logdir(str(tmp_path))
         finally:
             process.kill()
             finish(process)
@@ -232,7 +279,22 @@ def test_a_disk_without_locks_is_said(tmp_path, said, monkeypatch):
         raise OSError(37, 'No locks available')
     monkeypatch.setattr(runs.fcntl, 'flock', refuse)
     runs.lock_folder(str(tmp_path)).close()
-    assert 'its disk has no locks (No locks available)' in said[0]
+    assert len(said) == 1 and 'its disk has no locks (No locks available)' in said[0]
+
+
+def test_a_disk_that_locks_files_only_will_do(tmp_path, said, monkeypatch):
+    flock = fcntl.flock
+
+    def refuse(file, how):
+        if isinstance(file, int):  # of a folder
+            raise OSError(9, 'Bad file descriptor')
+        flock(file, how)
+    monkeypatch.setattr(runs.fcntl, 'flock', refuse)
+    lock = runs.lock_folder(str(tmp_path))
+    with pytest.raises(UserError, match='is in use by another job'):
+        runs.lock_folder(str(tmp_path))
+    lock.close()
+    assert not said
 
 
 # ---- what a network is
@@ -281,7 +343,9 @@ def test_another_image_size_is_said(tmp_path, said):
 
 
 @pytest.mark.parametrize('told', [
-    b'\xff\xfe', b'[', b'[1]', b'3', {'depth': 19}, {'stem': 'x'}, {'depth': '50'}, {'new': 1}])
+    b'\xff\xfe', b'[', b'[1]', b'3', {'depth': 19}, {'stem': 'x'}, {'depth': '50'}, {'new': 1},
+    {'image_size': 0}, {'width': -8}, {'width': True}, {'mean_bgr': [1, 2]},
+    {'mean_bgr': ['a'] * 3}, {'std_bgr': [0, 1, 1]}, {'std_bgr': None}])
 def test_a_description_that_is_not_understood_is_one_line(tmp_path, told):
     with pytest.raises(UserError) as error:
         settle(tmp_path, told)
@@ -328,6 +392,9 @@ def test_features_that_mean_nothing_are_refused(make, words, batch):
 @pytest.mark.parametrize('change, words', [
     ({'conv0/W': np.full([3], np.nan)}, 'conv0/W is not finite'),
     ({'conv0_bn/variance/EMA': np.array([1, np.inf, 1])}, 'conv0_bn/variance/EMA is not finite'),
+    ({'conv0/W': np.full([3], 1e300)}, 'conv0/W is not finite'),
+    ({'conv0/W': np.array(['1', '2', '3'])}, 'conv0/W is no array of numbers'),
+    ({'conv0/W': np.full([3], 1j)}, 'conv0/W is no array of numbers'),
     ({'conv0/W': np.zeros([3])}, 'conv0/W is zero')])
 def test_weights_that_compute_nothing_are_refused(change, words):
     arrays = {'conv0/W': np.ones([3]), 'conv0_bn/variance/EMA': np.ones([3]),
