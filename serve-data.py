@@ -41,6 +41,7 @@ import threading
 
 import data
 import image_lists
+import subset
 import views
 from data_worker import Workers, say, socket_path
 from errors import UserError
@@ -68,6 +69,8 @@ def parse_args(argv=None):
     add('--image-size', type=int, default=224, help='pixels')
     add('--crop-area', type=float, nargs=2, metavar=('LO', 'HI'), help='range of the random crop, '
         'as fractions of the image; default: 0.2 1 for moco, 0.08 1 for linear')
+    add('--labels', type=subset.parse, metavar='SHARE', help='read a part of the labelled images '
+        'only: 1%%, 10%% or 5-per-class')
     add('--workers', type=int, default=cores.num_cores(), help='processes on this host, rounded up '
         'to the same number for each rank; default: as many as the cores that may be used')
     add('--seed', type=int, default=0, help='0 to 2**32 - 1')
@@ -99,6 +102,8 @@ def parse_args(argv=None):
         parser.error('--crop-area must be 0 < LO <= HI <= 1, got {} {}'.format(*args.crop_area))
     if not 0 <= args.seed < 2**32:
         parser.error(f'--seed must be 0 to 2**32 - 1, got {args.seed}')
+    if args.labels and task.labelled is not True:
+        parser.error(f'--labels needs a task with labels, not {args.task}')
     if not (args.address or args.benchmark):
         parser.error('--address is needed')
     if args.benchmark and task.bounded:
@@ -188,6 +193,8 @@ class Server:
                     image_lists.fake_images(args.fake, task.labelled) if args.fake else
                     image_lists.list_images(args.data, args.split, task.labelled is True,
                                             task.labelled == data.NUMBERED))
+                if args.labels:
+                    value = subset.choose(value, args.labels)
             except Exception as error:
                 set_listed, value = listed.set_exception, error
             self._loop.call_soon_threadsafe(set_listed, value)

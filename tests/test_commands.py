@@ -44,6 +44,8 @@ def runs(tmp_path_factory, images):
         pretrain('v1', '--data', images, *SHORT, '--max-steps', 12, '--workers', 1)
         train_linear('--max-steps', 3)
         train_linear()
+        run('main_lincls.py', '--load', root / 'v1', '--data', images, '--batch', 6, '--labels',
+            '10%', '--finetune', '--epochs', 3, '--logdir', root / 'finetuned')
         pretrain('fake', '--fake', '--v2', '--steps-per-epoch', 3, '--epochs', 1,
                  '--knn-every', 1, '--knn-data', images)
         pretrain('from_init', '--fake', '--v2', '--max-steps', 0, '--init', root / 'v1')
@@ -193,6 +195,28 @@ def test_linear_classification_validates_every_image(runs):
     # milestones are steps 6, 7, 8, 9 of 10
     rates = [epoch['learning_rate'] / 30 / 12 * 256 for epoch in epochs]
     assert rates == pytest.approx([1, 1, (1 + 0.1 + 0.01 + 0.001 + 0.0001) / 5])
+
+
+def test_few_labels_train_the_whole_network(runs, v1):
+    epochs = read_json(runs.root, 'finetuned', 'stats.json')
+    assert [epoch['global_step'] for epoch in epochs] == [1, 2, 3]
+    assert all(epoch['labels'] == 6 and epoch['val_images'] == 20 for epoch in epochs)
+    # milestones at 60 and 80 % of 3 steps
+    assert [epoch['learning_rate'] / 0.2 / 6 * 256 for epoch in epochs] == pytest.approx(
+        [1, 0.1, 0.01])
+    before, after = read_checkpoint(v1, 12), read_checkpoint(runs.root / 'finetuned', 3)
+    for name in filter(is_backbone, before):
+        assert not np.array_equal(after[name], before[name]), name
+    assert after['conv0/W/Momentum'].any() and after['linear/W/Momentum'].any()
+
+
+def test_the_backbone_learns_at_its_own_rate():
+    with tf.Graph().as_default(), tf.Session() as sess:
+        x = tf.constant([2., 3.])
+        scaled = main_lincls.scale_gradient(x, 1 / 20)
+        gradient, = tf.gradients(tf.reduce_sum(scaled ** 2), x)
+        values = sess.run([scaled, gradient])
+    np.testing.assert_allclose(values, [[2, 3], [0.2, 0.3]], rtol=1e-6)
 
 
 def test_a_changed_backbone_is_an_error():
