@@ -37,6 +37,7 @@ import resnet
 import runs
 import weights
 from callbacks import Save
+from collapse import WatchRank
 from errors import UserError
 from eval_knn import OnlineKNN
 from job import flags, ranks, start
@@ -239,7 +240,7 @@ def main(args):
         return resnet.compile_if(model.use_xla, lambda x: net(x, training=False), images)
     knn = [OnlineKNN(args.knn_every, features, args.knn_data, args.image_size, folder + '-knn',
                      args.workers, args.cpus)] if args.knn_every else []
-    trainer.run([Save(max_to_keep=10)] + knn, first, steps_per_epoch, steps_done, max_steps)
+    trainer.run([Save(max_to_keep=10), WatchRank(model.queue)] + knn, first, steps_per_epoch, steps_done, max_steps)
     if server:
         server.stop()
     del lock  # held until here

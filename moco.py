@@ -46,6 +46,7 @@ class MOCOModel(ModelDesc):
         """One step of Algorithm 1: two views of n images, uint8 [n, S, S, 3] -> the train op."""
         self.lr = self.learning_rate(tf.train.get_or_create_global_step())
         queue, queue_ptr = self.create_queue()  # [K, C], []
+        self.queue = queue
 
         # queries, f_q(x_q)
         q = self.encode(query, trainable=True)  # [n, C]
@@ -71,10 +72,15 @@ class MOCOModel(ModelDesc):
         loss = tf.reduce_mean(
             tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
         accuracy = tf.reduce_mean(tf.cast(tf.math.in_top_k(logits, labels, 1), tf.float32))
+        # how near the views of an image are, and how far from all others (arXiv 2005.10242):
+        # |q - k|^2, and log of the mean of exp(-2 |q - k'|^2); a part of the queue will do
+        alignment = tf.reduce_mean(2 - 2 * l_pos)
+        uniformity = tf.math.log(tf.reduce_mean(tf.exp(4 * l_neg[:, :4096] - 4)))
         decay = self.weight_decay * tf.reduce_sum(
             [tf.nn.l2_loss(v) for v in tf.trainable_variables()])
         # the queue's size goes along for tools/plot_curves.py, which draws the chance level ln(K+1)
         self.monitored = {'loss': loss, 'accuracy': accuracy, 'learning_rate': self.lr,
+                          'alignment': alignment, 'uniformity': uniformity,
                           'queue_size': tf.constant(self.K, tf.float32)}
 
         # the step, in this order

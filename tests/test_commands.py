@@ -92,8 +92,11 @@ def test_pretraining_writes_checkpoints_and_statistics(v1):
     assert [(epoch['epoch_num'], epoch['global_step']) for epoch in epochs] == [(1, 6), (2, 12)]
     for epoch in epochs:
         assert set(epoch) == {'epoch_num', 'global_step', 'loss', 'accuracy', 'learning_rate',
-                              'images_per_second', 'data_wait', 'queue_size'}
+                              'images_per_second', 'data_wait', 'queue_size', 'alignment',
+                              'uniformity', 'queue_rank'}
         assert epoch['queue_size'] == 32
+        assert 0 < epoch['alignment'] < 4 and -4.1 < epoch['uniformity'] < 0
+        assert 1 < epoch['queue_rank'] < 32  # of 32 rows
         assert (0 < epoch['loss'] < 20 and 0 <= epoch['accuracy'] <= 1 and
                 epoch['images_per_second'] > 0)
     # 0.5 at a batch of 256; its mean over the epoch,

@@ -32,7 +32,7 @@ PRETRAIN = [
     {"epoch_num": 2, "loss": 1.25, "accuracy": 0.5, "learning_rate": 0.03, "queue_size": 4,
      "knn_top1": 45.5, "data_wait": 0.01},
 ]
-LINEAR = [{"epoch_num": 1, "learning_rate": 30, "train_top1": 60, "val_top1": 55}]
+LINEAR = [{"epoch_num": 1, "learning_rate": 30, "loss": 2.25, "train_top1": 60, "val_top1": 55}]
 
 
 def write_stats(folder, stats):
@@ -52,13 +52,15 @@ def test_panels_hold_what_the_runs_have():
         "learning rate": [(0, "", (1, 2), (0.06, 0.03))],
         "kNN top-1, %": [(0, "", (2,), (45.5,))],  # the epochs without it have no point
         "learning rate, linear classification": [(1, "", (1,), (30,))],
+        "cross-entropy, linear classification": [(1, "", (1,), (2.25,))],
         "linear classification, error %": [(1, "train", (1,), (40,)), (1, "val", (1,), (45,))],
     }
     assert panels["contrastive loss"].levels == [(pytest.approx(1.6094379), "chance, ln(4 + 1)")]
     assert all(not p.levels for p in panels.values() if p.title != "contrastive loss")
 
     assert [p.title for p in plot_curves.collect_panels([LINEAR])] == [
-        "learning rate, linear classification", "linear classification, error %"]
+        "learning rate, linear classification", "cross-entropy, linear classification",
+        "linear classification, error %"]
     # two runs share a panel; queues of two sizes have two chance levels
     other = [{"epoch_num": 1, "loss": 2.0, "queue_size": 9}]
     loss = plot_curves.collect_panels([PRETRAIN, other])[0]

@@ -5,8 +5,8 @@
 
 reads stats.json of each log folder (one entry per epoch) and draws a panel for each of these, if a
 run has it: the contrastive loss with its chance level ln(K+1), (K+1)-way accuracy, learning rate,
-kNN top-1 and, of linear classification, training and validation error. Runs are told apart by their
-folders' names.
+kNN top-1 and, of linear classification, learning rate, cross-entropy, training and validation error.
+Runs are told apart by their folders' names.
 """
 import os
 import sys
@@ -23,14 +23,16 @@ import outputs
 
 # how to draw a key of stats.json: in which panel, the line's name and style, value -> value shown
 Curve = collections.namedtuple('Curve', 'panel name style convert')
-# no axis shows the rates of pre-training (0.03, say) and linear classification (30) together
-LINEAR_RATE = 'learning rate, linear classification'
+# what linear classification has under the same key: no axis shows rates of 0.03 and 30 together, and
+# the losses are of different kinds
+LINEAR = {'learning_rate': 'learning rate, linear classification',
+          'loss': 'cross-entropy, linear classification'}
 CURVES = collections.OrderedDict([
     ('loss', Curve('contrastive loss', '', '-', float)),
     ('accuracy', Curve('(K+1)-way accuracy, %', '', '-', lambda fraction: 100 * fraction)),
     ('learning_rate', Curve('learning rate', '', '-', float)),
     ('knn_top1', Curve('kNN top-1, %', '', '-', float)),
-    (LINEAR_RATE, Curve(LINEAR_RATE, '', '-', float)),
+    *((name, Curve(name, '', '-', float)) for name in LINEAR.values()),
     ('train_top1', Curve('linear classification, error %', 'train', ':', lambda top1: 100 - top1)),
     ('val_top1', Curve('linear classification, error %', 'val', '-', lambda top1: 100 - top1)),
 ])
@@ -96,8 +98,7 @@ def collect_panels(runs):
         if any('train_top1' in entry or 'val_top1' in entry for entry in stats):
             stats = [dict(entry) for entry in stats]
             for entry in stats:
-                if 'learning_rate' in entry:
-                    entry[LINEAR_RATE] = entry.pop('learning_rate')
+                entry.update((name, entry.pop(key)) for key, name in LINEAR.items() if key in entry)
         for key, curve in CURVES.items():
             points = [(entry.get('epoch_num', i), curve.convert(entry[key]))
                       for i, entry in enumerate(stats, 1) if key in entry and
