@@ -41,8 +41,8 @@ from train_step import train_step
 from trainer import Trainer
 
 MILESTONES = (0.6, 0.7, 0.8, 0.9)  # of the epochs: the learning rate falls 10-fold at each
-# fine-tuning on few labels, as in SwAV (arXiv 2006.09882) on 10 % of ImageNet: epochs, learning rate
-# of the classifier at a batch of 256, share of it that the backbone has, milestones
+# fine-tuning, as SwAV's (arXiv 2006.09882) on 10 % of ImageNet's labels: epochs, learning rate of
+# the classifier at a batch of 256, share of it that the backbone has, milestones
 FINETUNE = {'epochs': 20, 'lr': 0.2}
 BACKBONE_RATE, FINETUNE_MILESTONES = 1 / 20, (0.6, 0.8)
 
@@ -174,8 +174,8 @@ def parse_args(argv=None):
         help='folder with train/ and val/ of labelled images')
     add('--logdir', metavar='DIR', default='train_log/lincls',
         help='where checkpoints and logs go (default: train_log/lincls)')
-    add('--labels', type=subset.parse, metavar='SHARE', help='train on a part of the labelled images '
-        'only: 1%%, 10%% or 5-per-class, the same ones in every run (default: all)')
+    add('--labels', type=subset.parse, metavar='SHARE', help='train on a part of the labelled '
+        'images only: 1%%, 10%% or 5-per-class, the same ones in every run (default: all)')
     add('--finetune', action='store_true', help='train the backbone too, with a twentieth of the '
         'learning rate; --epochs and --lr are then {epochs} and {lr} by default'.format(**FINETUNE))
     flags.add_run_flags(group, compiled='backbone')

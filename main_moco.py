@@ -240,7 +240,8 @@ def main(args):
         return resnet.compile_if(model.use_xla, lambda x: net(x, training=False), images)
     knn = [OnlineKNN(args.knn_every, features, args.knn_data, args.image_size, folder + '-knn',
                      args.workers, args.cpus)] if args.knn_every else []
-    trainer.run([Save(max_to_keep=10), WatchRank(model.queue)] + knn, first, steps_per_epoch, steps_done, max_steps)
+    trainer.run([Save(max_to_keep=10), WatchRank(model.queue)] + knn, first, steps_per_epoch,
+                steps_done, max_steps)
     if server:
         server.stop()
     del lock  # held until here

@@ -54,7 +54,7 @@ def open_logdir(logdir: str):
 
 def lock_folder(logdir):
     """Locks of the folder and of a file in it, which the system drops when the process ends,
-    however it ends. The file says whose they are; it may be removed, and NFS cannot lock a folder."""
+    however it ends. The file says whose they are; it may be removed, NFS cannot lock a folder."""
     path, locks, problems = os.path.join(logdir, LOCK), contextlib.ExitStack(), []
     try:
         file = locks.enter_context(open(path, 'a+'))

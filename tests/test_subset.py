@@ -41,7 +41,8 @@ def test_it_is_the_same_in_every_run_and_a_part_of_larger_ones():
 PINNED = ['a/005.jpg', 'a/006.jpg']
 
 
-@pytest.mark.parametrize('text', ['', '10', '0%', '101%', '-1%', '0-per-class', 'x-per-class', '1 %'])
+@pytest.mark.parametrize('text', [
+    '', '10', '0%', '101%', '-1%', '0-per-class', 'x-per-class', '1 %'])
 def test_what_is_no_share(text):
     with pytest.raises(argparse.ArgumentTypeError, match='is no share like 1%'):
         subset.parse(text)

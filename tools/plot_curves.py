@@ -5,8 +5,8 @@
 
 reads stats.json of each log folder (one entry per epoch) and draws a panel for each of these, if a
 run has it: the contrastive loss with its chance level ln(K+1), (K+1)-way accuracy, learning rate,
-kNN top-1 and, of linear classification, learning rate, cross-entropy, training and validation error.
-Runs are told apart by their folders' names.
+kNN top-1 and, of linear classification, learning rate, cross-entropy, training and validation
+error. Runs are told apart by their folders' names.
 """
 import os
 import sys
@@ -23,8 +23,8 @@ import outputs
 
 # how to draw a key of stats.json: in which panel, the line's name and style, value -> value shown
 Curve = collections.namedtuple('Curve', 'panel name style convert')
-# what linear classification has under the same key: no axis shows rates of 0.03 and 30 together, and
-# the losses are of different kinds
+# what linear classification has under the same key: no axis shows rates of 0.03 and 30 together,
+# and the losses are of different kinds
 LINEAR = {'learning_rate': 'learning rate, linear classification',
           'loss': 'cross-entropy, linear classification'}
 CURVES = collections.OrderedDict([
