@@ -31,6 +31,7 @@ import horovod.tensorflow as hvd
 from tensorpack import tfv1 as tf
 from tensorpack.utils import logger
 
+import advice
 import inputs
 import network
 import resnet
@@ -89,26 +90,6 @@ def check_sizes(batch, ranks, splits, queue_size):
         raise UserError(f'--queue-size {queue_size} is not a multiple of --batch {batch}: take '
                         f'{runs.nearest_multiples(queue_size, batch)}')
     return n
-
-
-def list_doubts(args, num_images: int, steps_per_epoch: int, peak: float):
-    """Sentences about settings with which training runs, but can hardly learn; `peak` is the
-    highest learning rate."""
-    keys, images = args.queue_size, steps_per_epoch * args.batch
-    if keys > num_images:
-        yield (f'--queue-size {keys}: is more than the {num_images} images, so an image is told '
-               'from older keys of itself, too')
-    elif keys > images:
-        yield f'--queue-size {keys}: is not filled in an epoch, which has {images} images'
-    if hvd.size() == 1 and args.bn_splits == 1 and args.batch > 1:
-        yield ('one rank without --bn-splits: BN statistics tell which views belong together, and '
-               'nothing else is learned; take --bn-splits 4 or 8')
-    if args.knn_every > args.epochs:
-        yield f'--knn-every {args.knn_every}: never comes in {args.epochs:g} epochs'
-    usual = 0.03 * args.batch / 256
-    if not 1 / 8 <= peak / usual <= 8:
-        yield (f'a learning rate of {peak:g} is far from the {usual:g} that is usual with --batch '
-               f'{args.batch}')
 
 
 def parse_args(argv=None):
@@ -218,8 +199,12 @@ def main(args):
         f'{num_images} images, {args.batch} in a step on {hvd.size()} ranks ({batch_size} each, BN '
         f'over {batch_size // args.bn_splits}), {steps_per_epoch} steps an epoch, learning rate '
         f'{peak:g}')
-    for line in list_doubts(args, num_images, steps_per_epoch, peak):
+    for line in advice.list_doubts(args, num_images, steps_per_epoch, peak):
         logger.warn(line)
+    if server and hvd.rank() == 0:
+        line = advice.propose(args, num_images, steps_per_epoch, advice.find_side(args.data))
+        if line:
+            logger.info(line)
     network.save(described)
 
     # where to start: rank 0, from which the other ranks get all variables

@@ -17,7 +17,6 @@ from tensorpack.utils import logger
 
 import callbacks
 import checkpoints
-import main_moco
 import network
 import resnet
 import runs
@@ -405,28 +404,6 @@ def test_weights_that_compute_nothing_are_refused(change, words):
         with pytest.raises(UserError) as error:
             weights.check_weights('w.npz', dict(arrays, **change), variables)
     assert str(error.value) == f'w.npz: is of a network that computes nothing: {words}'
-
-
-# ---- settings with which training can hardly learn
-
-@pytest.mark.parametrize('flags, num_images, words', [
-    ([], 60, []),
-    (['--queue-size', '64'], 60, ['--queue-size 64: is more than the 60 images']),
-    (['--queue-size', '56'], 60, []),
-    (['--steps-per-epoch', '2'], 60, ['--queue-size 32: is not filled in an epoch, which has 16']),
-    (['--bn-splits', '1'], 60, ['one rank without --bn-splits']),
-    (['--bn-splits', '1', '--batch', '1', '--queue-size', '4'], 60, []),
-    (['--lr', '0.3', '--cos'], 60, ['a learning rate of 0.3 is far from the 0.0009375']),
-    (['--lr', '0.00003'], 60, ['a learning rate of 9.375e-07 is far from the 0.0009375']),
-    (['--knn-every', '9', '--epochs', '5'], 60, ['--knn-every 9: never comes in 5 epochs'])])
-def test_settings_that_can_hardly_learn_are_said(flags, num_images, words):
-    args = main_moco.parse_args(['--data', 'x', '--batch', '8', '--bn-splits', '2', '--queue-size',
-                                 '32'] + flags)
-    steps, _ = runs.count_steps(args, num_images)
-    peak = args.lr if args.cos else args.lr * args.batch / 256
-    lines = list(main_moco.list_doubts(args, num_images, steps, peak))
-    assert len(lines) == len(words), lines
-    assert all(line.startswith(word) for line, word in zip(lines, words)), lines
 
 
 # ---- signals
