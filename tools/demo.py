@@ -33,7 +33,7 @@ PYTHON = 'python'
 LAUNCH = 'horovodrun -np 2 python'
 # seconds of the stages on 2 cores; those of the download say nothing about the cores
 TYPICAL = {'knn-pixels': 45, 'random': 20, 'knn-random': 60, 'pretrain': 650, 'knn-moco': 60,
-           'linear': 110, 'curves': 3}
+           'linear': 110, 'curves': 3, 'embed': 30, 'report': 15}
 
 
 def setup_seconds():
@@ -84,6 +84,12 @@ def main(args):
     stages.run('curves', 'Curves',
                f'{PYTHON} tools/plot_curves.py {q(paths["moco"])} {q(paths["linear"])} '
                f'--out {q(curves)}', curves)
+    features, report = os.path.join(paths['moco'], 'features'), os.path.join(folder, 'report.html')
+    stages.run('embed', 'Features of the validation images',
+               f'{LAUNCH} embed.py --load {q(paths["moco"])} --data {q(data)} --split val '
+               f'--out {q(features)}', features)
+    stages.run('report', 'A page of curves, neighbours and a map',
+               f'{PYTHON} tools/report.py {q(paths["moco"])} --out {q(report)}', report)
 
     results = {
         name + '_knn': read_json(knn[key], {})['knn_top1']
@@ -103,7 +109,7 @@ def main(args):
             ('MoCo v2, kNN', 'pretrained_knn'), ('MoCo v2, linear', 'pretrained_linear')):
         print(f'  {words:32}{results[key]:6.2f} %')
     print('seconds: ' + ', '.join(f'{name} {s:.0f}' for name, s in results['seconds'].items()))
-    print(f'curves: {curves}\nresults: {os.path.join(folder, "results.json")}\n'
+    print(f'curves: {curves}\nreport: {report}\nresults: {os.path.join(folder, "results.json")}\n'
           f'checkpoints and logs: {", ".join(sorted(paths.values()))}')
 
 
