@@ -9,6 +9,8 @@
     python tools/convert_checkpoint.py moco_v2.npz backbone.npz --backbone-only
     python tools/convert_checkpoint.py moco_v2.npz detectron2.pkl
     python tools/convert_checkpoint.py moco_v2.npz fasterrcnn.npz --fasterrcnn   # of tensorpack
+    python tools/convert_checkpoint.py moco_v2.npz resnet50.onnx                 # needs onnx
+    python tools/convert_checkpoint.py moco_v2.npz resnet50.savedmodel           # a folder
 
 The content of SRC tells its format, the ending of DST the one to write; without an ending it is a
 checkpoint of TensorFlow. A file must hold all of a ResNet (of any --depth and --width of
@@ -17,7 +19,8 @@ or in DST's format is listed.
 
 detectron2 has to be told INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN [123.675, 116.28, 103.53],
 MODEL.PIXEL_STD [58.395, 57.12, 57.375] and MODEL.RESNETS.STRIDE_IN_1X1 False. tensorpack's
-FasterRCNN takes BGR, as the weights here do.
+FasterRCNN takes BGR, as the weights here do. ONNX and SavedModel take `images`, RGB 0..255
+[N, H, W, 3] of any size, normalise them, and give `features` [N, D].
 """
 import os
 import sys
@@ -40,6 +43,7 @@ import resnet
 import weights
 from errors import UserError, one_line
 from tools import pytorch_format
+from tools.export_model import MARK, settle, write_onnx, write_saved_model
 
 
 def describe(arrays):
@@ -79,7 +83,8 @@ def describe(arrays):
     return depth, shapes
 
 
-def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None):
+def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None, stem=None,
+            input_type=None):
     """Convert a file of weights.
 
     Args:
@@ -88,6 +93,7 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None):
         backbone_only: leave out head, classifier, key encoder and queue.
         fasterrcnn: write the names of tensorpack's FasterRCNN; `dst` must be an .npz.
         part: of a file of PyTorch with several networks, as in pytorch_format.read().
+        stem, input_type: for ONNX and SavedModel, as --stem and --input.
 
     Returns:
         (depth, kept, dropped): of the ResNet; our names in dst; names without a place there.
@@ -96,7 +102,11 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None):
         UserError: src does not exist, or is not a complete network; dst cannot be written, or is
         something else.
     """
+    dst = re.sub(r'\.savedmodel/+$', '.savedmodel', dst)
     write, takes = tell_writer(dst, backbone_only, fasterrcnn)
+    is_export = write in (write_onnx, write_saved_model)
+    if (stem or input_type) and not is_export:
+        raise UserError(f'{dst}: --stem and --input are of .onnx and .savedmodel')
     src = weights.find_checkpoint(src)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise UserError(f'{src}: is what would be read and written')
@@ -118,14 +128,17 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None):
     kept = {name: array for name, array in arrays.items() if takes(name)}
     has_place = write in (write_npz, write_moco, write_tensorflow)
     content = dict(kept, **network) if has_place else kept
+    how = [depth] if not is_export else [
+        *settle(src, kept, depth, network.get(weights.NETWORK), stem), input_type or 'uint8']
     try:
         os.makedirs(os.path.dirname(dst) or '.', exist_ok=True)
         check_destination(dst, write)
-        if write is write_tensorflow:  # several files, to which TensorFlow gives their names last
-            write(content, dst, depth)
+        # a folder, or several files, to which TensorFlow gives their names last
+        if write in (write_saved_model, write_tensorflow):
+            write(content, dst, *how)
         else:
             with outputs.replace(dst) as path:
-                write(content, path, depth)
+                write(content, path, *how)
     except (OSError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
         raise UserError(f'{dst}: cannot be written: {error}')
     return depth, sorted(kept), sorted(set(arrays) - set(kept)) + sorted(dropped)
@@ -159,8 +172,8 @@ def tell_writer(dst, backbone_only, fasterrcnn):
     """How to write a file of this name.
 
     Returns:
-        A function of dict of our name -> array, path and depth; and a predicate on our names:
-        whether the file has a place for them.
+        A function of dict of our name -> array, path and depth (in export_model.py, of more than
+        depth); and a predicate on our names: whether the file has a place for them.
     """
     def everything(name):
         return True
@@ -171,8 +184,11 @@ def tell_writer(dst, backbone_only, fasterrcnn):
     writers = collections.OrderedDict([
         ('.npz', (write_npz, everything)), ('.pth.tar', (write_moco, everything)),
         ('.pth', (write_torchvision, classifier)), ('.pt', (write_torchvision, classifier)),
-        ('.pkl', (write_detectron2, weights.is_backbone)), ('', (write_tensorflow, everything))])
-    if os.path.isdir(dst) or not os.path.basename(dst):
+        ('.pkl', (write_detectron2, weights.is_backbone)),
+        ('.onnx', (write_onnx, weights.is_backbone)),
+        ('.savedmodel', (write_saved_model, weights.is_backbone)),
+        ('', (write_tensorflow, everything))])
+    if os.path.isdir(dst) and not dst.endswith('.savedmodel') or not os.path.basename(dst):
         raise UserError(f'{dst}: is a folder; name the checkpoint too, '
                         f'{os.path.join(dst, "model-0")} say')
     ending = '.pth.tar' if dst.endswith('.pth.tar') else os.path.splitext(dst)[1]
@@ -204,7 +220,7 @@ def check_destination(dst, write):
         pytorch_format.import_pytorch('writing', dst)
     # names of the first layer, or what only this writes: all are in the file as they are
     mark = {write_detectron2: b'matching_heuristics', write_npz: b'conv0/W.npy',
-            write_fasterrcnn: b'conv0/W.npy'}.get(write, b'conv1.weight')
+            write_fasterrcnn: b'conv0/W.npy', write_onnx: MARK}.get(write, b'conv1.weight')
     outputs.check_output(dst, outputs.contains(mark), what='file of weights')
 
 
@@ -282,18 +298,22 @@ def main(argv=None):
     parser.add_argument('src', metavar='SRC', help='a checkpoint, its folder (the newest one is '
                         'taken), an .npz or a file of PyTorch')
     parser.add_argument('dst', metavar='DST', help='file to write: .npz; .pth.tar (official MoCo); '
-                        '.pth or .pt (torchvision); .pkl (detectron2); without an ending, a '
-                        'checkpoint of TensorFlow')
+                        '.pth or .pt (torchvision); .pkl (detectron2); .onnx; .savedmodel (a '
+                        'folder); without an ending, a checkpoint of TensorFlow')
     parser.add_argument('--backbone-only', action='store_true',
                         help='leave out head, classifier, key encoder and queue')
     parser.add_argument('--fasterrcnn', action='store_true',
                         help="write an .npz for tensorpack's FasterRCNN")
     parser.add_argument('--part', metavar='NAME', help='of several networks in a file of PyTorch, '
                         'the one whose names begin with this or have it as a word: teacher, say')
+    parser.add_argument('--stem', choices=list(resnet.STEMS), help='for .onnx and .savedmodel, if '
+                        'SRC does not tell: its first layer')
+    parser.add_argument('--input', choices=['uint8', 'float'], help='for .onnx and .savedmodel: '
+                        'type of the images (uint8)')
     args = parser.parse_args(argv)
     try:
         depth, kept, dropped = convert(args.src, args.dst, args.backbone_only,
-                                       args.fasterrcnn, args.part)
+                                       args.fasterrcnn, args.part, args.stem, args.input)
     except UserError as error:
         sys.exit(f'convert_checkpoint.py: error: {error}')
     for name in dropped:
