@@ -22,15 +22,19 @@ TIFF = re.compile(rb'II\*\0|MM\0\*')
 SYSTEM_FOLDERS = {'lost+found', '@eaDir', '#recycle', '#snapshot', '$RECYCLE.BIN', '__MACOSX',
                   'System Volume Information', '__pycache__'}
 
-# Kinds of names in a folder that are no files. All but the first are reasons to leave something
-# out, as notes give them.
+# Kinds of names in a folder that are no files. All but the first and the tar files are reasons to
+# leave something out, as notes give them.
 FOLDER, HIDDEN, DANGLING, SYSTEM = 'folder', 'hidden', 'linked to nowhere', 'of the system'
 HIDDEN_FOLDER = 'hidden with images in it'
+# a tar file, as a folder; and one beside a folder or file of that name
+TAR, TWICE = 'tar file', 'tar file beside a folder'
+TAR_NAME = re.compile(r'(?<!\.pth)\.tar$')
+COMPRESSED_NAME = re.compile(r'\.(tar\.\w+|tgz|tbz2?|txz)$', re.IGNORECASE)
 
 
 def read_folder(folder: str) -> Tuple[List[str], Dict[str, str]]:
     """The sorted names in a folder, and the kinds of those that are no files. A hidden file is only
-    there if it has an image's extension."""
+    there if it has an image's extension. Tar files are there as folders, without .tar."""
     names, kinds = [], {}
     enter(folder)
     try:
@@ -44,6 +48,11 @@ def read_folder(folder: str) -> Tuple[List[str], Dict[str, str]]:
                 names.append(name)
     except OSError as error:
         raise UserError(f'cannot read the folder {folder}: {error.strerror}')
+    if '.tar\n' in '\n'.join(names + ['']):
+        tars = {name for name in names if name not in kinds and TAR_NAME.search(name)}
+        names, folders = set(names) - tars, {name[:-len('.tar')] for name in tars}
+        kinds.update((name, TWICE if name in names else TAR) for name in folders)
+        names |= folders
     return sorted(names), kinds
 
 
@@ -55,7 +64,9 @@ def enter(folder: str) -> None:
         if os.path.islink(folder) and not os.path.isdir(folder):
             raise lost_link(folder)
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        raise UserError(f'there is no folder {folder}' if missing else
+        is_file = folder.endswith('.tar') and os.path.isfile(folder)
+        raise UserError(f'{folder} is a tar file: name the folder that it is in' if is_file else
+                        f'there is no folder {folder}' if missing else
                         f'cannot read the folder {folder}: {error.strerror}')
 
 
@@ -78,18 +89,34 @@ def _kind(entry):
     return None if entry.name.lower().endswith(EXTENSIONS) else DANGLING
 
 
-def why_no_image(path: str) -> Optional[str]:
+def tar_of(folder: str, name: str = '') -> str:
+    """The path of the tar file in place of a folder, or of one in it."""
+    return (os.path.join(folder, name) if name else folder) + '.tar'
+
+
+def is_tar(folder: str) -> bool:
+    """Whether a tar file is in the place of a folder."""
+    return not os.path.lexists(folder) and os.path.isfile(tar_of(folder))
+
+
+def two_of_a_name(folder: str) -> UserError:
+    return UserError(f'{folder} and {tar_of(folder)} are side by side: remove one or the other')
+
+
+def why_no_image(path: str, start: bytes = None) -> Optional[str]:
     """The reason to leave out a file; None if it is an image by its name, or else by its start."""
     if path.lower().endswith(EXTENSIONS):
         return None
     try:
-        with io.FileIO(path) as file:
-            start = file.read(32)
+        if start is None:
+            with io.FileIO(path) as file:
+                start = file.read(32)
     except OSError:
         return 'that cannot be read'
     name = os.path.basename(path).lower().partition('?')[0]
     may_be_tiff = name.endswith(EXTENSIONS) or not os.path.splitext(name)[1]
     return (None if SIGNATURES.match(start) or may_be_tiff and TIFF.match(start) else
+            'compressed, to be made a folder or a .tar' if COMPRESSED_NAME.search(name) else
             'of no known image format')
 
 

@@ -12,9 +12,11 @@ from typing import Dict, Iterable, Iterator, List, Tuple
 import numpy as np
 
 import labels
+import tar_files
 from errors import UserError, printable
-from image_files import (DANGLING, EXTENSIONS, FOLDER, HIDDEN_FOLDER, SIGNATURES, SYSTEM, enter,
-                         holds_image, lost_link, may_be_class, read_folder, why_no_image)
+from image_files import (COMPRESSED_NAME, DANGLING, EXTENSIONS, FOLDER, HIDDEN_FOLDER, SIGNATURES,
+                         SYSTEM, TAR, TWICE, enter, holds_image, is_tar, lost_link, may_be_class,
+                         read_folder, tar_of, two_of_a_name, why_no_image)
 
 # files: FileList; labels: int32 [N] or None; classes: sorted list of names or None; notes: lines
 # for the user, of what was left out
@@ -26,10 +28,10 @@ SPLIT = re.compile(r'(val|valid|validation|test|testing|dev|eval|evaluation)\d*'
 
 
 class FileList:
-    """A read-only list of files below root, and the bytes in them; another format (images inside
-    archives, say) is another class with these five methods. The names are one block of memory: 1.28
-    million Python strings take 150 MB, and counting references to them would copy those pages into
-    every forked worker; the block takes 50 MB, shared by all."""
+    """A read-only list of files below root, and the bytes in them; another format is another class
+    with these six methods, as tar_files.TarFiles. The names are one block of memory: 1.28 million
+    Python strings take 150 MB, and counting references to them would copy those pages into every
+    forked worker; the block takes 50 MB, shared by all."""
 
     def __init__(self, root: str, block: bytes, ends: np.ndarray):
         self.root, self._block, self._ends = root, block, ends
@@ -55,6 +57,10 @@ class FileList:
     def names(self) -> Iterator[str]:
         return (os.fsdecode(self._block[start:end])
                 for start, end in zip(self._ends, self._ends[1:]))
+
+    def take(self, indices) -> 'FileList':
+        return FileList(self.root, *pack_names(
+            os.fsdecode(self._block[self._ends[i]:self._ends[i + 1]]) for i in indices))
 
     def packed(self) -> Tuple[bytes, np.ndarray]:  # what pack_names() returned
         return self._block, self._ends
@@ -87,8 +93,8 @@ def list_images(root: str, split: str = 'train', labelled: bool = False,
     Numbered: the same, each image's label being its index.
 
     An image is a file with one of EXTENSIONS, or that image_files.why_no_image() knows by its
-    start. Symbolic links are followed. All else is left out, and noted; so are hidden names and
-    SYSTEM_FOLDERS.
+    start. A tar file is a folder of its name without .tar. Symbolic links are followed. All else is
+    left out, and noted; so are hidden names and SYSTEM_FOLDERS.
     """
     try:
         images = _list_split(root, split, labelled, numbered)
@@ -104,11 +110,15 @@ def list_images(root: str, split: str = 'train', labelled: bool = False,
 def _list_split(root, split, labelled, numbered):
     enter(root)
     folder = os.path.join(root, split)
+    for name in ('train', split) if labelled else (split,):
+        path = os.path.join(root, name)
+        if os.path.isfile(tar_of(path)) and os.path.lexists(path):
+            raise two_of_a_name(path)
     if labelled:
         return _list_labelled(root, folder, split)
 
     notes = []
-    if split == 'train' and os.path.isdir(folder):
+    if split == 'train' and (os.path.isdir(folder) or is_tar(folder)):
         notes = _look_beside_train(root)
     elif split == 'train':
         folder, notes = root, _look_for_splits(root)
@@ -152,29 +162,36 @@ def _list_labelled(root, folder, split):
 
 
 def _list_folders(folder):
+    if is_tar(folder):
+        files, _ = find_images(folder)
+        return sorted({name.split('/', 1)[0] for name in files.names() if '/' in name})
     names, kinds = read_folder(folder)
     for name in names:
+        if kinds.get(name) == TWICE:
+            raise two_of_a_name(os.path.join(folder, name))
         if kinds.get(name) == DANGLING and may_be_class(name):
             raise lost_link(os.path.join(folder, name))
-    return [name for name in names if kinds.get(name) == FOLDER]
+    return [name for name in names if kinds.get(name) in (FOLDER, TAR)]
 
 
 def _list_classes(folder):
     folders = _list_folders(folder)
     if not folders:
-        raise UserError(f'labels need one folder a class, but {folder} has no folder in it')
+        names = [] if is_tar(folder) else filter(COMPRESSED_NAME.search, read_folder(folder)[0])
+        raise UserError(f'labels need one folder a class, but {folder} has no folder in it' +
+                        ''.join(f'; decompress {name}' for name in names))
     return folders
 
 
 def _keep(files, nested, left_out, reason):
     """The files that are in folders, or those that are not; the others are left out."""
-    def names():
-        for name in files.names():
-            if ('/' in name) == nested:
-                yield name
-            else:
-                _leave_out(left_out, reason, name)
-    return FileList(files.root, *pack_names(names()))
+    kept = []
+    for index, name in enumerate(files.names()):
+        if ('/' in name) == nested:
+            kept.append(index)
+        else:
+            _leave_out(left_out, reason, name)
+    return files.take(kept)
 
 
 def _look_beside_train(root) -> List[str]:
@@ -182,7 +199,7 @@ def _look_beside_train(root) -> List[str]:
     if not os.access(root, os.R_OK):
         return []  # what is in train/ can be used nevertheless
     names, kinds = read_folder(root)
-    folders = [name for name in names if kinds.get(name) == FOLDER and name != 'train']
+    folders = [name for name in names if kinds.get(name) in (FOLDER, TWICE) and name != 'train']
     splits = [name for name in folders if SPLIT.fullmatch(name.lower())]
     others = [name + '/' for name in folders
               if name not in splits and holds_image(os.path.join(root, name))]
@@ -192,15 +209,18 @@ def _look_beside_train(root) -> List[str]:
                         'name it differently')
     loose = [name for name in names
              if name not in kinds and not why_no_image(os.path.join(root, name))]
+    tars = [name + '.tar' for name in names if kinds.get(name) == TAR and name != 'train'
+            and not SPLIT.fullmatch(name.lower())]
     beside = (['images in ' + labels.cut(others)] if others else []) + (
-        ['loose images: ' + labels.cut(loose)] if loose else [])
+        ['loose images: ' + labels.cut(loose)] if loose else []) + (
+        ['tar files: ' + labels.cut(tars)] if tars else [])
     return [f'{root}: only train/ is read; beside it are {", and ".join(beside)}'] if beside else []
 
 
 def _look_for_splits(root) -> List[str]:
     """A note if other splits than train/, which is not there, are read with all that is in root."""
     names, kinds = read_folder(root)
-    folders = [name for name in names if kinds.get(name) == FOLDER]
+    folders = [name for name in names if kinds.get(name) in (FOLDER, TAR)]
     splits = [name + '/' for name in folders if SPLIT.fullmatch(name.lower())]
     others = [name for name in folders if name + '/' not in splits]
     advice = f' (give {root}/{others[0]} to read that alone)' if len(others) == 1 else ''
@@ -243,20 +263,29 @@ def find_images(folder: str) -> Tuple[FileList, Dict[str, Tuple[int, List[str]]]
         stamps = json.loads(kept['stamps'].tobytes().decode())
         if all(_stamp(os.stat(os.path.join(folder, name))) == stamp
                for name, stamp in stamps.items()):
-            return (FileList(folder, kept['block'].tobytes(), kept['ends']),
+            files, tars = FileList(folder, kept['block'].tobytes(), kept['ends']), kept['tars']
+            tars = json.loads(tars.tobytes().decode())
+            return (tar_files.TarFiles(files, tars, kept['places']) if tars else files,
                     json.loads(kept['left_out'].tobytes().decode()))
-    read_folder(folder)  # whose errors are clear
-    start, seen, left_out = time.time(), {}, {}
-    files = FileList(folder, *pack_names(_walk(folder, '', (), seen, left_out)))
+    start, seen, left_out, tars = time.time(), {}, {}, []
+    if is_tar(folder):
+        names = _walk_tar(folder, '', (), seen, left_out, tars)
+    else:
+        read_folder(folder)  # whose errors are clear
+        names = _walk(folder, '', (), seen, left_out, tars)
+    files = FileList(folder, *pack_names(names))
+    if tars:
+        places = tar_files.locate(files.names(), [(tar[0], tar[-1]) for tar in tars], len(files))
+        files = tar_files.TarFiles(files, [tar[:-1] for tar in tars], places)
     if time.time() - start > SLOW_LISTING:
         _save_list(folder, files, left_out, seen, start)
     return files, left_out
 
 
-def _walk(folder, prefix, above, seen, left_out):
+def _walk(folder, prefix, above, seen, left_out, tars):
     """Yield the names, relative to the folder, of all images under folder/prefix, sorted. `above`
     has (device, inode) of the folders around; `seen` gets an os.stat_result by the name of every
-    folder, and None by that of every dangling link."""
+    folder and tar file, and None by that of every dangling link; `tars`, see _walk_tar()."""
     path = os.path.join(folder, prefix[:-1])
     status = os.stat(path)
     identity = status.st_dev, status.st_ino
@@ -273,7 +302,12 @@ def _walk(folder, prefix, above, seen, left_out):
         if kind is None:
             yield prefix + name
         elif kind == FOLDER:
-            yield from _walk(folder, prefix + name + '/', above + (identity,), seen, left_out)
+            yield from _walk(folder, prefix + name + '/', above + (identity,), seen, left_out,
+                             tars)
+        elif kind == TAR:
+            yield from _walk_tar(folder, prefix + name, names, seen, left_out, tars)
+        elif kind == TWICE:
+            raise two_of_a_name(os.path.join(path, name))
         elif kind not in (SYSTEM, HIDDEN_FOLDER) or holds_image(os.path.join(path, name)):
             if kind == DANGLING:
                 seen[prefix + name] = None
@@ -282,12 +316,32 @@ def _walk(folder, prefix, above, seen, left_out):
             _leave_out(left_out, kind, prefix + name)
 
 
+def _walk_tar(folder, tar, beside, seen, left_out, tars):
+    """_walk() of the tar file in place of the folder folder/tar, which has these names beside it.
+    `tars` gets (tar, mtime in ns, size, places of tar_files.list_tar())."""
+    path = tar_of(folder, tar)
+    status = os.stat(path)
+    seen[tar_of(tar) if tar else os.path.realpath(path)] = status
+    names, places, not_read = tar_files.list_tar(path, tuple(_stamp(status)))
+    names, prefix = names.split('\0')[:-1], tar + '/' * bool(tar)
+    tops = {name.split('/', 1)[0] for name in names}
+    if len(tops) > 1 and tops <= set(beside) - {os.path.basename(tar)}:
+        raise UserError(f'{path} is beside all that is in it, {labels.cut(sorted(tops))}: remove '
+                        'one or the other')
+    for name, reason in not_read.items():
+        _leave_out(left_out, reason, prefix + name)
+    tars.append((tar, status.st_mtime_ns, status.st_size, places))
+    for name in names:
+        yield prefix + name
+
+
 # ---- kept lists
 
 # A list that took long to make is kept in the user's cache. It holds while every folder in it has
-# the inode, mtime and ctime that it had then: a new, removed or renamed file changes the times of
-# its folder (tar and rsync set mtime back, but no program sets ctime back). So two changes are not
-# seen: of a file's contents, even from no image to one, and of a link from one file to another.
+# the inode, mtime and ctime that it had then, and every tar file, too: a new, removed or renamed
+# file changes the times of its folder (tar and rsync set mtime back, but no program sets ctime
+# back). So two changes are not seen: of a file's contents, even from no image to one, and of a link
+# from one file to another.
 # A list is not kept where times are not reliable: with a dangling link, which may lead to a folder
 # tomorrow; of folders that changed within the last minute (a clock's tick can be 2 s long, or the
 # clock wrong); on object stores by FUSE, and on FAT.
@@ -297,8 +351,9 @@ UNTIMED = ('fuse', 'vfat', 'msdos', 'exfat')
 
 def _cache_path(folder):
     home = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.environ['HOME'], '.cache')
+    folder = tar_of(folder) if is_tar(folder) else folder
     # the inode, for hosts that share a home but not the data
-    key = json.dumps([os.path.realpath(folder), os.stat(folder).st_ino, EXTENSIONS,
+    key = json.dumps(['tar files', os.path.realpath(folder), os.stat(folder).st_ino, EXTENSIONS,
                       SIGNATURES.pattern.decode('latin-1')])
     return os.path.join(home, 'moco', hashlib.sha256(key.encode()).hexdigest()[:16] + '.npz')
 
@@ -318,9 +373,11 @@ def _save_list(folder, files, left_out, seen, start):
             return
         stamps = json.dumps({name: _stamp(status) for name, status in seen.items()}).encode()
         (block, ends), path = files.packed(), _cache_path(folder)
+        tars = json.dumps(getattr(files, 'tars', [])).encode()
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
             np.savez(temporary + '/list.npz', stamps=np.frombuffer(stamps, np.uint8),
                      block=np.frombuffer(block, np.uint8), ends=ends,
+                     tars=np.frombuffer(tars, np.uint8), places=getattr(files, 'places', []),
                      left_out=np.frombuffer(json.dumps(left_out).encode(), np.uint8))
             os.replace(temporary + '/list.npz', path)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from image_lists import FileList, ImageList, pack_names
+from image_lists import ImageList
 
 FORM = re.compile(r'(\d+(?:\.\d+)?)%|(\d+)-per-class')
 
@@ -30,7 +30,4 @@ def choose(images: ImageList, share: str) -> ImageList:
         number = int(per_class) if per_class else max(1, round(len(members) * float(percent) / 100))
         chosen.append(order[:number])
     indices = np.sort(np.concatenate(chosen))
-    wanted = np.zeros(len(images.files), bool)
-    wanted[indices] = True
-    names = pack_names(name for name, kept in zip(images.files.names(), wanted) if kept)
-    return images._replace(files=FileList(images.files.root, *names), labels=images.labels[indices])
+    return images._replace(files=images.files.take(indices), labels=images.labels[indices])
