@@ -16,7 +16,7 @@ from tensorpack import tfv1 as tf
 import network
 import resnet
 import runs
-from commands import PATIENCE, ROOT, run, torch_python
+from commands import PATIENCE, run, torch_python
 from tools import convert_checkpoint
 from weights import read_weights
 

@@ -3,7 +3,6 @@ line says why not; never each for itself."""
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import time
