@@ -1,5 +1,5 @@
 """Settings that fit: doubts about those that were given, and what few images usually take."""
-from typing import Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -30,9 +30,10 @@ def list_doubts(args, num_images: int, steps_per_epoch: int, peak: float) -> Ite
                f'{args.batch}')
 
 
-def propose(args, num_images: int, steps_per_epoch: int, side: float) -> Optional[str]:
+def propose(args, num_images: int, steps_per_epoch: int,
+            find_side: Callable[[], float]) -> Optional[str]:
     """A line with settings for fewer images than a quarter of ImageNet's, or None if these are near
-    them; `side` is the usual shorter side of images, in pixels.
+    them; `find_side` finds the usual shorter side of images, in pixels.
 
     What stays as in the published recipe: the queue holds about 5 % of the images (65536 of 1.28
     million; 4096 of 50,000 in the authors' CIFAR-10 demo), and the key encoder averages over a
@@ -55,6 +56,7 @@ def propose(args, num_images: int, steps_per_epoch: int, side: float) -> Optiona
     if args.cos and not rate / 3 <= args.lr <= rate * 3:
         flags.append(f'--lr {rate:g}')
         reasons.append('the published rate for this batch, which --cos does not scale')
+    side = find_side()
     if side <= 64 and args.image_size > 2 * side:
         flags.append(f'--image-size {int(side)} --stem {"3x3" if side <= 40 else "3x3s2"}')
         reasons.append(f'images of {side:.0f} pixels, whose crops would be enlarged')

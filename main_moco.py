@@ -202,7 +202,8 @@ def main(args):
     for line in advice.list_doubts(args, num_images, steps_per_epoch, peak):
         logger.warn(line)
     if server and hvd.rank() == 0:
-        line = advice.propose(args, num_images, steps_per_epoch, advice.find_side(args.data))
+        line = advice.propose(args, num_images, steps_per_epoch,
+                              lambda: advice.find_side(args.data))
         if line:
             logger.info(line)
     network.save(described)

@@ -50,10 +50,15 @@ SMALL = ['--batch', '128', '--queue-size', '4096', '--momentum', '0.99', '--imag
 def test_proposals_for_few_images(flags, num_images, side, words):
     args = main_moco.parse_args(['--data', 'x'] + flags)
     args.image_size = args.image_size or 224
-    line = advice.propose(args, num_images, num_images // args.batch, side)
+    line = advice.propose(args, num_images, num_images // args.batch, lambda: side)
     assert (line is None) == (words is None), line
     assert all(word in line for word in words or [])
     assert line is None or line.startswith(f'{num_images} images: ') and '\n' not in line
+
+
+def test_many_images_are_not_looked_at():
+    args = main_moco.parse_args(['--data', 'x'])
+    assert advice.propose(args, 1281167, 5004, lambda: 1 / 0) is None
 
 
 def test_usual_side_of_images(tmp_path):
