@@ -129,8 +129,8 @@ class Save(ModelSaver):
     _chief_only = False
 
     def __init__(self, max_to_keep):
-        super().__init__(var_collections=[tf.GraphKeys.GLOBAL_VARIABLES, network.COLLECTION])
-        self._max_to_keep = max_to_keep
+        super().__init__(
+            max_to_keep, var_collections=[tf.GraphKeys.GLOBAL_VARIABLES, network.COLLECTION])
 
     def _setup_graph(self):
         if hvd.rank() != 0:
