@@ -5,7 +5,9 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import sys
+import tarfile
 import types
 
 import cv2
@@ -200,6 +202,14 @@ def test_missing_images_are_gray(labelled):
     for image in page.rows['Nearest'][0][:2]:
         assert (decode(image[3]) == 128).all()
     assert '2 of those shown cannot be read' in page.text['Features']
+
+
+def test_images_in_tar_files_are_shown(labelled):
+    before = run_report(labelled)
+    with tarfile.open(str(labelled / 'images.tar'), 'w') as tar:
+        tar.add(str(labelled / 'images'), 'images')
+    shutil.rmtree(str(labelled / 'images'))
+    assert run_report(labelled).rows == before.rows
 
 
 def test_nothing_outside_the_folder_is_read(tmp_path, features):

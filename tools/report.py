@@ -30,6 +30,8 @@ import cv2
 import numpy as np
 
 import decoder
+import image_files
+import image_lists
 import outputs
 import weights
 from errors import UserError
@@ -78,15 +80,15 @@ class Thumbnails(dict):
     """Of each image its middle, uint8 BGR [SIDE, SIDE, 3], gray if it cannot be read: `missing`."""
 
     def __init__(self, folder, names):
-        self._folder, self._names, self.missing = folder, names, 0
+        self._files, _ = image_lists.find_images(folder)
+        self._names, self.missing, wanted = names, 0, set(names)
+        self._places = {name: place for place, name in enumerate(self._files.names())
+                        if name in wanted}
 
     def __missing__(self, index):
         try:
-            if '..' in self._names[index].split('/'):
-                raise ValueError('is not below the folder')
-            with open(f'{self._folder}/{self._names[index]}', 'rb') as f:
-                image, _ = decoder.decode(f.read())
-        except (OSError, ValueError, MemoryError):
+            image, _ = decoder.decode(self._files.read(self._places[self._names[index]]))
+        except (LookupError, OSError, ValueError, MemoryError):
             self.missing += 1
             image = np.full([SIDE, SIDE, 3], 128, np.uint8)
         side = min(image.shape[:2])
@@ -282,7 +284,7 @@ def report(args):
     if args.features or os.path.lexists(path):
         features = read_features(path)
         folder = args.images or features.made['folder']
-        if not os.path.isdir(folder):
+        if not (os.path.isdir(folder) or image_files.is_tar(folder)):
             raise UserError(f'{folder}: is gone, with the images of {path} (--images: where they '
                             'are now)')
         for name in ('depth', 'width', 'stem'):
