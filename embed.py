@@ -196,7 +196,7 @@ def main(args):
         ranks.private_folder(), args.data, args.split, args.image_size, args.batch, args.workers,
         args.cpus, task='embed')
     net = network.build(described, gpus)
-    features = resnet.compile_if(gpus > 0 if args.xla is None else args.xla,
+    features = resnet.compile_if(start.use_xla(args.xla, gpus),
                                  lambda x: net(x, training=False), evaluation.images)  # [n, D]
     rows = Rows(args.out, num_images, net.feature_dim) if hvd.rank() == 0 else None
     with tf.Session(config=start.session_config(threads, gpus)) as sess:

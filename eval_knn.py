@@ -228,7 +228,7 @@ def main(args):
         """uint8 [n, S, S, 3] -> [n, D]"""
         if args.pixels:
             return tf.reshape(images, [-1, args.image_size ** 2 * 3])
-        return resnet.compile_if(gpus > 0 if args.xla is None else args.xla,
+        return resnet.compile_if(start.use_xla(args.xla, gpus),
                                  lambda x: resnet.project(net(x, training=False), dims), images)
 
     def is_needed(name):

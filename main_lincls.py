@@ -215,7 +215,7 @@ def main(args):
         network.build(described, gpus), facts['classes'], batch_size, args.image_size,
         step_schedule(args.lr, args.batch, steps_per_epoch, args.epochs,
                       FINETUNE_MILESTONES if args.finetune else MILESTONES), args.weight_decay,
-        use_xla=gpus > 0 if args.xla is None else args.xla, num_labels=facts['images'],
+        use_xla=start.use_xla(args.xla, gpus), num_labels=facts['images'],
         finetune=args.finetune)
     trainer = Trainer(model, *inputs.create_source(model.get_input_signature(), server, gpus),
                       start.session_config(threads, gpus))

@@ -191,7 +191,7 @@ def main(args):
         net, batch_size, queue_size=args.queue_size, momentum=args.momentum, temp=args.temp,
         mlp=args.mlp, weight_decay=args.weight_decay, learning_rate=learning_rate,
         image_size=args.image_size, seed=args.seed,
-        use_xla=gpus > 0 if args.xla is None else args.xla,
+        use_xla=start.use_xla(args.xla, gpus),
         loss_scale=128 if args.amp and gpus else 1)
     trainer = Trainer(
         model, *inputs.create_source(model.get_input_signature(), server, gpus), config)

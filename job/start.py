@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from typing import Tuple
+from typing import Optional, Tuple
 
 import horovod.tensorflow as hvd
 from tensorpack import tfv1 as tf
@@ -62,6 +62,11 @@ def begin(stall_limit: float = STALL_LIMIT, grace: float = GRACE) -> Tuple[int, 
     elif hvd.size() > 1 and address is None:
         logger.warn('started with MPI instead of Gloo: a rank that stops will not be named')
     return cores.num_threads(), gpus
+
+
+def use_xla(wanted: Optional[bool], gpus: int) -> bool:
+    """Whether to compile: as --xla or --no-xla say, or else on a GPU."""
+    return gpus > 0 if wanted is None else wanted
 
 
 def mixed_precision_rewrite(gpu: bool):
