@@ -32,8 +32,8 @@ LOGDIR = os.path.join('train_log', 'demo' if sys.version_info < (3, 8) else 'dem
 PYTHON = 'python'
 LAUNCH = 'horovodrun -np 2 python'
 # seconds of the stages on 2 cores; those of the download say nothing about the cores
-TYPICAL = {'knn-pixels': 45, 'random': 20, 'knn-random': 60, 'pretrain': 650, 'knn-moco': 60,
-           'linear': 110, 'curves': 3, 'embed': 30, 'report': 15}
+TYPICAL = {'knn-pixels': 80, 'random': 13, 'knn-random': 38, 'pretrain': 631, 'knn-moco': 33,
+           'linear': 71, 'curves': 2, 'embed': 9, 'report': 3}
 
 
 def setup_seconds():
