@@ -1,91 +1,85 @@
-// What data.py does to views in less than half of OpenCV's time, in place, on uint8 BGR pixels. Each
-// loop is written so that the compiler turns it into instructions for 16 or 32 pixels or bytes at a
-// time: everything fits into 16 bits, and nothing needs a division.
-//
-// A step of colour moves a value v away from an origin by a factor f: to origin + f (v - origin),
-// rounded down and cut to 0 .. 255.
+// What views.py does to colours, and blur, in place, on uint8 BGR pixels. Each loop is written so
+// that the compiler turns it into instructions for 8 to 32 pixels or bytes at a time.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
-#include <vector>
-
-// Unrolling the loop over the taps of a blur would break the vectors of the loop inside.
-#pragma GCC optimize("no-loop-unroll-and-jam")
 
 #define VECTORIZED __attribute__((target_clones("avx2", "default")))
+
+namespace {
+
+template <class T>
+std::unique_ptr<T[]> Allocate(int64_t count) {  // and leave it as it is
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------- colours
+// The published weights saw colours that were float32 until the last step, and cut off to uint8
+// then. Here they are in 16ths, 0 .. 4080, for which each step has room in 16 bits. There is a plane
+// for each channel: to take pixels apart is as much work as a step.
 
 namespace {
 
 using Int = int16_t;
 using Word = uint16_t;
 
+constexpr Int kOne = 16, kWhite = 255 * kOne;
+
 inline Int Min(Int a, Int b) { return a < b ? a : b; }
 inline Int Max(Int a, Int b) { return a > b ? a : b; }
-inline Int Clip(Int v) { return Min(Max(v, 0), 255); }
+inline Int Clip(Int v) { return Min(Max(v, 0), kWhite); }
 
 // The upper half of a product.
 inline Int High(Int a, Int b) { return (static_cast<int32_t>(a) * b) >> 16; }
 inline Word High(Word a, Word b) { return (static_cast<uint32_t>(a) * b) >> 16; }
 
-// OpenCV's (3735 b + 19235 g + 9798 r + 2^14) / 2^15, rounded down: of each factor, its upper byte
-// (rounded to the nearest) and its lower one are multiplied on their own.
+// 0.114 b + 0.587 g + 0.299 r, of ITU-R 601: three products in 128ths, each rounded down.
 inline Int Luma(Int b, Int g, Int r) {
-  const Int low = -105 * b + 35 * g + 70 * r;
-  return static_cast<Word>(15 * b + 75 * g + 38 * r + (low >> 8) + 64) >> 7;
+  const Word sum = High(static_cast<Word>(8 * b), Word{7471}) +
+                   High(static_cast<Word>(8 * g), Word{38470}) +
+                   High(static_cast<Word>(8 * r), Word{19595});
+  return (sum + 5) >> 3;
 }
 
-// Multiplies -255 .. 255 by a factor of -2 .. 2 and rounds down. The factor has 22 bits behind the
-// point, 6 in `whole`, 16 in `part`; what is less than 0.0003 below a whole number counts as that,
-// so that the rounding of the factor does not matter.
-struct Factor {
-  Int whole, part;
+// Moves a value v away from an origin by a factor f of 0 to 2: to v + (f - 1) (v - origin).
+struct Move {
+  Int part;  // f - 1, in 2^15ths
 
-  explicit Factor(double factor)
-      : whole(std::lrint(64 * factor)),
-        part(std::min(std::lrint(65536 * (64 * factor - whole)), 32767L)) {}
+  explicit Move(double factor) : part(std::min(std::lrint(32768 * (factor - 1)), 32767L)) {}
 
-  Int operator*(Int d) const {
-    const Int fine = High(part, static_cast<Int>(64 * d)) + 1;
-    const Int sum = whole * d + (fine >> 6);
-    return sum >> 6;
+  Int operator()(Int v, Int origin) const {
+    const Int quarters = High(static_cast<Int>(8 * (v - origin)), part);
+    return Clip(v + ((quarters + 2) >> 2));
   }
 };
 
-}  // namespace
-
-// ---------------------------------------------------------------------------------------- colours
-// These have a plane for each channel: to take pixels apart is as much work as a step.
-
-namespace {
-
-VECTORIZED void Split(const uint8_t* pixels, int64_t count, uint8_t* blue, uint8_t* green,
-                      uint8_t* red) {
+VECTORIZED void Split(const uint8_t* pixels, int64_t count, Int* blue, Int* green, Int* red) {
   for (int64_t i = 0; i < count; ++i) {
-    blue[i] = pixels[3 * i];
-    green[i] = pixels[3 * i + 1];
-    red[i] = pixels[3 * i + 2];
+    blue[i] = kOne * pixels[3 * i];
+    green[i] = kOne * pixels[3 * i + 1];
+    red[i] = kOne * pixels[3 * i + 2];
   }
 }
 
-VECTORIZED void Merge(const uint8_t* blue, const uint8_t* green, const uint8_t* red, int64_t count,
+VECTORIZED void Merge(const Int* blue, const Int* green, const Int* red, int64_t count,
                       uint8_t* pixels) {
   for (int64_t i = 0; i < count; ++i) {
-    pixels[3 * i] = blue[i];
-    pixels[3 * i + 1] = green[i];
-    pixels[3 * i + 2] = red[i];
+    pixels[3 * i] = blue[i] / kOne;
+    pixels[3 * i + 1] = green[i] / kOne;
+    pixels[3 * i + 2] = red[i] / kOne;
   }
 }
 
-VECTORIZED void Scale(uint8_t* values, int64_t count, Int origin, double factor) {
-  const Factor f(factor);
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = Clip(origin + f * static_cast<Int>(values[i] - origin));
-  }
+VECTORIZED void Scale(Int* values, int64_t count, Int origin, double factor) {
+  const Move move(factor);
+  for (int64_t i = 0; i < count; ++i) values[i] = move(values[i], origin);
 }
 
-VECTORIZED double MeanLuma(const uint8_t* blue, const uint8_t* green, const uint8_t* red,
-                           int64_t count) {
+VECTORIZED double MeanLuma(const Int* blue, const Int* green, const Int* red, int64_t count) {
   int64_t total = 0;
   for (int64_t begin = 0; begin < count; begin += 1 << 16) {
     const int64_t end = std::min(count, begin + (1 << 16));
@@ -97,53 +91,53 @@ VECTORIZED double MeanLuma(const uint8_t* blue, const uint8_t* green, const uint
 }
 
 // Each pixel's origin is its luma.
-VECTORIZED void Saturate(uint8_t* blue, uint8_t* green, uint8_t* red, int64_t count,
-                         double factor) {
-  const Factor f(factor);
+VECTORIZED void Saturate(Int* blue, Int* green, Int* red, int64_t count, double factor) {
+  const Move move(factor);
   for (int64_t i = 0; i < count; ++i) {
     const Int b = blue[i], g = green[i], r = red[i], luma = Luma(b, g, r);
-    blue[i] = Clip(luma + f * static_cast<Int>(b - luma));
-    green[i] = Clip(luma + f * static_cast<Int>(g - luma));
-    red[i] = Clip(luma + f * static_cast<Int>(r - luma));
+    blue[i] = move(b, luma);
+    green[i] = move(g, luma);
+    red[i] = move(r, luma);
   }
 }
 
-// Cuts a number of eighths to 0 .. unit and rounds it.
-inline Int Below(Int eighths, Int unit) { return (Max(0, Min(eighths, unit)) + 4) >> 3; }
+VECTORIZED void Gray(Int* blue, Int* green, Int* red, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    blue[i] = green[i] = red[i] = Luma(blue[i], green[i], red[i]);
+  }
+}
+
+inline Int Cut(Int value, Int limit) { return Max(0, Min(value, limit)); }
 
 inline Int Distance(Int a, Int b) { return Max(a, b) - Min(a, b); }
 
 // Of a colour whose channels are at most v and at least v - d, hue is a position h on a circle of
 // length 6 with red, green and blue at 0, 2 and 4. v exceeds red by d * cut(2 - |h - 3|), green by
 // d * cut(|h - 2| - 1) and blue by d * cut(|h - 4| - 1), where cut() is to 0 .. 1. Multiplied by d,
-// this needs no division. So all positions here are d times as large, in eighths.
-// OpenCV's way, to HSV and back, also rounds hue and saturation.
+// this needs no division. So all positions here are d times as large.
 //
 // shift: in 65536ths of a turn.
-VECTORIZED void TurnHue(uint8_t* blue, uint8_t* green, uint8_t* red, int64_t count, Word shift) {
+VECTORIZED void TurnHue(Int* blue, Int* green, Int* red, int64_t count, Word shift) {
   for (int64_t i = 0; i < count; ++i) {
     const Int b = blue[i], g = green[i], r = red[i];
-    const Int v = Max(Max(b, g), r), d = v - Min(Min(b, g), r), unit = 8 * d;
-    const Word circle = 6 * unit;
+    const Int v = Max(Max(b, g), r), d = v - Min(Min(b, g), r), circle = 6 * d;
     const Int old = v == r ? g - b : v == g ? 2 * d + b - r : 4 * d + r - g;  // -d .. 5 d
-    Word turned = 8 * old + High(circle, shift);
-    // what is negative is a large Word
-    turned = std::min<Word>(turned, turned + circle);
-    turned = std::min<Word>(turned, turned - circle);
+    Word turned = old + (old < 0 ? circle : 0) + High(static_cast<Word>(circle), shift);
+    turned = std::min<Word>(turned, turned - circle);  // what is negative is a large Word
     const Int h = turned;
-    blue[i] = v - Below(Distance(h, 4 * unit) - unit, unit);
-    green[i] = v - Below(Distance(h, 2 * unit) - unit, unit);
-    red[i] = v - Below(2 * unit - Distance(h, 3 * unit), unit);
+    blue[i] = v - Cut(Distance(h, 4 * d) - d, d);
+    green[i] = v - Cut(Distance(h, 2 * d) - d, d);
+    red[i] = v - Cut(2 * d - Distance(h, 3 * d), d);
   }
 }
 
 }  // namespace
 
-// Takes steps one after another; the number of a kind is its place in data.py's JITTER.
+// Takes steps one after another; the number of a kind is its place in views.py's STEPS.
 extern "C" void jitter(uint8_t* pixels, int64_t count, const int32_t* kinds, const double* values,
                        int64_t num_steps) {
-  const std::unique_ptr<uint8_t[]> planes(new uint8_t[3 * count]);
-  uint8_t *const blue = planes.get(), *const green = blue + count, *const red = green + count;
+  const auto planes = Allocate<Int>(3 * count);
+  Int *const blue = planes.get(), *const green = blue + count, *const red = green + count;
   Split(pixels, count, blue, green, red);
   for (int64_t i = 0; i < num_steps; ++i) {
     const double value = values[i];
@@ -152,13 +146,16 @@ extern "C" void jitter(uint8_t* pixels, int64_t count, const int32_t* kinds, con
         Scale(blue, 3 * count, 0, value);
         break;
       case 1:  // contrast
-        Scale(blue, 3 * count, static_cast<Int>(MeanLuma(blue, green, red, count) + 0.5), value);
+        Scale(blue, 3 * count, std::lrint(MeanLuma(blue, green, red, count)), value);
         break;
       case 2:  // saturation
         Saturate(blue, green, red, count, value);
         break;
-      case 3:  // hue: the official code cuts shifts to 255ths of a turn, and takes them for 256ths
-        TurnHue(blue, green, red, count, (static_cast<int>(value * 255) & 255) << 8);
+      case 3:  // hue
+        TurnHue(blue, green, red, count, std::lrint(65536 * (value - std::floor(value))));
+        break;
+      case 4:  // grayscale
+        Gray(blue, green, red, count);
         break;
     }
   }
@@ -166,63 +163,87 @@ extern "C" void jitter(uint8_t* pixels, int64_t count, const int32_t* kinds, con
 }
 
 // ------------------------------------------------------------------------------------------ blur
+// PIL's GaussianBlur, to the bit: in each direction three box blurs, rounded to uint8 each time.
 
-// Blurs with a symmetric kernel, the border repeated. Rows are blurred into a ring, in 128ths; once
-// it holds a row and its neighbours, their sum takes the place of the row.
-//
-// taps: the middle one and `radius` to one side of it, in 256ths; all together are 256.
-extern "C" VECTORIZED void blur(uint8_t* pixels, int64_t height, int64_t width,
-                                const uint16_t* taps, int64_t radius) {
-  constexpr int kBlock = 96;  // so many sums stay in registers
-  const int64_t row = 3 * width, stride = (row + kBlock - 1) / kBlock * kBlock;
-  int64_t slots = 1;
-  while (slots < 2 * radius + 1) slots *= 2;
-  std::vector<Word> ring(slots * stride), line(stride + 6 * radius);
-  std::vector<uint8_t> result(stride);
-  Word* const padded = &line[3 * radius];
-  const auto slot = [&](int64_t y) {
-    return &ring[(std::min(std::max<int64_t>(y, 0), height - 1) & (slots - 1)) * stride];
-  };
+namespace {
 
-  for (int64_t y = -radius; y < height; ++y) {
-    if (y + radius < height) {
-      const uint8_t *const in = pixels + (y + radius) * row, *const end = in + row;
-      std::copy(in, end, padded);
-      for (int64_t k = 1; k <= radius; ++k) {
-        std::copy(in, in + 3, padded - 3 * k);
-        std::copy(end - 3, end, padded + row + 3 * (k - 1));
-      }
-      Word* const out = slot(y + radius);
-      for (int64_t x = 0; x < stride; x += kBlock) {
-        Word sum[kBlock];
-        for (int i = 0; i < kBlock; ++i) sum[i] = taps[0] * padded[x + i];
-        for (int64_t k = 1; k <= radius; ++k) {
-          const Word *const left = padded + x - 3 * k, *const right = padded + x + 3 * k;
-          for (int i = 0; i < kBlock; ++i) {
-            sum[i] += taps[k] * static_cast<Word>(left[i] + right[i]);
-          }
-        }
-        for (int i = 0; i < kBlock; ++i) out[x + i] = sum[i] / 2;
-      }
-    }
-    if (y < 0) continue;
-    // High() rounds down: radius / 2 makes up for it
-    const Word bias = 64 + radius / 2, half_tap = taps[0] << 7;
-    for (int64_t x = 0; x < stride; x += kBlock) {
-      const Word* const middle = slot(y) + x;
-      Word sum[kBlock];
-      for (int i = 0; i < kBlock; ++i) {
-        sum[i] = bias + High(half_tap, static_cast<Word>(2 * middle[i]));
-      }
-      for (int64_t k = 1; k <= radius; ++k) {
-        const Word *const above = slot(y - k) + x, *const below = slot(y + k) + x;
-        const Word tap = taps[k] << 8;
-        for (int i = 0; i < kBlock; ++i) {
-          sum[i] += High(tap, static_cast<Word>(above[i] + below[i]));
-        }
-      }
-      for (int i = 0; i < kBlock; ++i) result[x + i] = sum[i] >> 7;
-    }
-    std::copy_n(result.data(), row, pixels + y * row);
+constexpr int kPasses = 3;
+constexpr int kBlock = 96;  // sums of so many pixels stay in registers
+
+// A box of a width between those of 2 radius + 1 and 2 radius + 3 pixels: the outer two count less.
+struct Box {
+  int64_t radius;
+  uint32_t weight, outer;  // in 2^24ths
+
+  // The box whose variance is a third of sigma's (Gwosdek et al. 2011, equations 11 to 14). PIL
+  // computes it in float, whose rounding the weights show.
+  explicit Box(float sigma) {
+    const float variance = sigma * sigma / kPasses;
+    const float length = std::sqrt(12.0 * variance + 1.0);
+    const float whole = std::floor((length - 1.0) / 2.0);
+    float part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance);
+    part /= 6 * (variance - (whole + 1) * (whole + 1));
+    const float half = whole + part;
+    radius = static_cast<int64_t>(half);
+    weight = (1 << 24) / (half * 2 + 1);
+    outer = ((1 << 24) - (2 * radius + 1) * weight) / 2;
   }
+};
+
+// Blurs `count` values, whose neighbours are `step` apart; writes up to kBlock - 1 values more.
+VECTORIZED void Blur(const uint8_t* in, uint8_t* out, int64_t count, int64_t step,
+                     const Box& box) {
+  const int64_t far = (box.radius + 1) * step;
+  const uint32_t weight = box.weight, outer = box.outer;
+  for (int64_t x = 0; x < count; x += kBlock) {
+    Word sum[kBlock], ends[kBlock];
+    for (int i = 0; i < kBlock; ++i) sum[i] = in[x + i];
+    for (int64_t k = step; k < far; k += step) {
+      for (int i = 0; i < kBlock; ++i) sum[i] += in[x + i - k] + in[x + i + k];
+    }
+    for (int i = 0; i < kBlock; ++i) ends[i] = in[x + i - far] + in[x + i + far];
+    for (int i = 0; i < kBlock; ++i) {
+      out[x + i] = (sum[i] * weight + ends[i] * outer + (1 << 23)) >> 24;
+    }
+  }
+}
+
+}  // namespace
+
+// The border is repeated.
+extern "C" void blur(uint8_t* pixels, int64_t height, int64_t width, double sigma) {
+  const Box box(sigma);
+  const int64_t reach = box.radius + 1, row = 3 * width, margin = 3 * reach, above = reach * row;
+
+  // lines with a margin at each end
+  const int64_t length = row + 2 * margin + kBlock;
+  const auto lines = Allocate<uint8_t>(2 * length);
+  uint8_t *line = &lines[margin], *other = line + length;
+  for (int64_t y = 0; y < height; ++y) {
+    std::memcpy(line, pixels + y * row, row);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      for (int64_t x = 0; x < margin; ++x) {
+        line[x - margin] = line[x % 3];
+        line[row + x] = line[row - 3 + x % 3];
+      }
+      Blur(line, other, row, 3, box);
+      std::swap(line, other);
+    }
+    std::memcpy(pixels + y * row, line, row);
+  }
+
+  // planes with lines above and below
+  const int64_t size = height * row + 2 * above + kBlock;
+  const auto planes = Allocate<uint8_t>(2 * size);
+  uint8_t *plane = &planes[above], *next = plane + size;
+  std::memcpy(plane, pixels, height * row);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    for (int64_t y = 1; y <= reach; ++y) {
+      std::memcpy(plane - y * row, plane, row);
+      std::memcpy(plane + (height - 1 + y) * row, plane + (height - 1) * row, row);
+    }
+    Blur(plane, next, height * row, row, box);
+    std::swap(plane, next);
+  }
+  std::memcpy(pixels, plane, height * row);
 }

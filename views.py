@@ -15,7 +15,7 @@ import numpy as np
 from errors import UserError
 
 KERNELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'build', 'augment.so')
-JITTER = ('brightness', 'contrast', 'saturation', 'hue')
+STEPS = ('brightness', 'contrast', 'saturation', 'hue', 'grayscale')
 ORDERS = list(itertools.permutations(range(4)))
 
 
@@ -41,10 +41,12 @@ def moco_v1_view(image, out, rng, area=(0.2, 1)):
 def moco_v2_view(image, out, rng, area=(0.2, 1)):
     """Fill `out` with a view of MoCo v2."""
     random_resized_crop(image, out, rng, area)
+    steps = []
     if rng.random() < 0.8:
-        jitter(out, sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1))
+        steps += sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     if rng.random() < 0.2:
-        convert_to_gray(out)
+        steps.append(('grayscale', 1))
+    jitter(out, steps)
     if rng.random() < 0.5:
         # the published sigma is in pixels of a 224-pixel view: take the same part of other views
         blur(out, (0.1 + 1.9 * rng.random()) * out.shape[0] / 224)
@@ -78,23 +80,20 @@ def center_crop_view(image, out, rng=None, area=None):
 # ---- sampled parameters
 
 def sample_crop(rng, height, width, area):
-    """Sample a box of an image as tensorpack's GoogleNetRandomCropAndResize does: (y, x, height,
-    width) in pixels, its area between two fractions of the image's. After ten boxes that do not
-    fit, it is the central square."""
+    """Sample a box of an image as torchvision's RandomResizedCrop does: (y, x, height, width) in
+    pixels, its area between two fractions of the image's, the logarithm of its aspect uniform.
+    After ten boxes that do not fit, it is the largest central one of an aspect of 3/4 to 4/3."""
     for _ in range(10):
         target = (area[0] + (area[1] - area[0]) * rng.random()) * height * width
-        aspect = 3 / 4 + (4 / 3 - 3 / 4) * rng.random()
+        aspect = 3 / 4 * (16 / 9) ** rng.random()
         w = max(1, int(math.sqrt(target * aspect) + 0.5))
         h = max(1, int(math.sqrt(target / aspect) + 0.5))
-        if rng.random() < 0.5:
-            w, h = h, w
         if h <= height and w <= width:
-            x = int(rng.random() * (width - w + 1))
             y = int(rng.random() * (height - h + 1))
+            x = int(rng.random() * (width - w + 1))
             return y, x, h, w
-    # tensorpack resizes all of the image, then crops; so a 20,000 x 10 image would take 300 MB
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def sample_jitter(rng, brightness, contrast, saturation, hue):
@@ -107,13 +106,16 @@ def sample_jitter(rng, brightness, contrast, saturation, hue):
     return [steps[i] for i in ORDERS[int(rng.random() * len(ORDERS))]]
 
 
-# ---- operations, as those of PIL's ImageEnhance
+# ---- operations
 
 def jitter(image, steps):
-    """Change colours by steps (name of JITTER, value), cutting to uint8 after each: brightness,
-    contrast and saturation move colours away from black, from the rounded mean of the grayscale
-    image and from that image by a factor of 0 to 2, hue turns its circle by so many turns."""
-    kinds = (ctypes.c_int32 * len(steps))(*[JITTER.index(name) for name, _ in steps])
+    """Change colours by steps (name of STEPS, value), as tensorpack does in float32: each is cut to
+    0..255, and only the last one down to uint8. Brightness, contrast and saturation move colours
+    away from black, from the mean of the grayscale image and from that image by a factor of 0 to 2,
+    hue turns its circle by so many turns, and grayscale takes no heed of its value."""
+    if not steps:
+        return
+    kinds = (ctypes.c_int32 * len(steps))(*[STEPS.index(name) for name, _ in steps])
     values = (ctypes.c_double * len(steps))(*[value for _, value in steps])
     load_kernels().jitter(point_to(image), image.size // 3, kinds, values, len(steps))
 
@@ -124,22 +126,8 @@ def convert_to_gray(image):
 
 
 def blur(image, sigma):
-    """Gaussian blur of `sigma` pixels, the border repeated."""
-    if sigma < 0.25:
-        return  # a neighbour's weight, exp(-1 / 2 sigma^2), is so small that no uint8 changes
-    taps = gaussian_taps(sigma)
-    load_kernels().blur(point_to(image), image.shape[0], image.shape[1],
-                        (ctypes.c_uint16 * len(taps))(*taps), len(taps) - 1)
-
-
-def gaussian_taps(sigma):
-    """Weights of a pixel and of its neighbours at 1, 2 .. ceil(3 sigma), in 256ths: list of int.
-    All must add up to 1, or brightness changes: the middle one, the largest, corrects rounding."""
-    weights = [math.exp(-k * k / (2 * sigma * sigma)) for k in range(math.ceil(3 * sigma) + 1)]
-    total = 2 * sum(weights) - weights[0]
-    taps = [round(256 * weight / total) for weight in weights]
-    taps[0] = 256 - 2 * sum(taps[1:])
-    return taps
+    """PIL's GaussianBlur: three box blurs of together `sigma` pixels, the border repeated."""
+    load_kernels().blur(point_to(image), image.shape[0], image.shape[1], sigma)
 
 
 def flip(image):
@@ -154,7 +142,7 @@ def load_kernels():
         kernels = ctypes.CDLL(KERNELS)
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         kernels.jitter.argtypes = [pointer, number, pointer, pointer, number]
-        kernels.blur.argtypes = [pointer, number, number, pointer, number]
+        kernels.blur.argtypes = [pointer, number, number, ctypes.c_double]
     except (OSError, AttributeError) as error:
         raise UserError(f'augment.cc is not built for this machine, run make env: {error}')
     return kernels

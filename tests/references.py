@@ -7,7 +7,7 @@ import math
 
 import cv2
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter
 
 
 # ------------------------------------------------------------------------------------------ by PIL
@@ -35,12 +35,17 @@ PIL_STEPS = {
     'contrast': lambda picture, factor: ImageEnhance.Contrast(picture).enhance(factor),
     'saturation': lambda picture, factor: ImageEnhance.Color(picture).enhance(factor),
     'hue': turn_hue,
-    'convert_to_gray': lambda picture: picture.convert('L').convert('RGB'),
+    'grayscale': lambda picture: picture.convert('L').convert('RGB'),
 }
 
 
-def pil_step(name, image, *value):
-    return from_pil(PIL_STEPS[name](to_pil(image), *value))
+def pil_step(name, image, value):
+    picture = to_pil(image)
+    return from_pil(PIL_STEPS[name](picture, *[] if name == 'grayscale' else [value]))
+
+
+def pil_blur(image, sigma):
+    return from_pil(to_pil(image).filter(ImageFilter.GaussianBlur(float(sigma))))
 
 
 def pil_crop(image, box, size):
@@ -56,6 +61,8 @@ def float_step(name, image, value):
     """A step of the colour jitter on a float64 image, cut to 0..255 but not rounded."""
     image = image.astype(np.float64)
     gray = (image @ [0.114, 0.587, 0.299])[:, :, None]
+    if name == 'grayscale':
+        return np.repeat(gray, 3, axis=2)
     if name == 'hue':
         hsv = cv2.cvtColor((image / 255).astype(np.float32), cv2.COLOR_BGR2HSV)  # 0..360 degrees
         hsv[:, :, 0] = (hsv[:, :, 0] + 360 * value) % 360
@@ -119,13 +126,6 @@ def official_crop(rng, height, width, area):
     # the largest central box of a legal aspect
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return ((height - h) // 2, (width - w) // 2, h, w), True
-
-
-def swapped_uniform_cdf(aspect):
-    """P(width / height <= aspect) of a uniform number in 3/4..4/3, or, as likely, its inverse."""
-    low, high = 3 / 4, 4 / 3
-    aspect = np.clip(aspect, low, high)
-    return ((aspect - low) + (high - 1 / aspect)) / (high - low) / 2
 
 
 # -------------------------------------------------------------------------------------- statistics

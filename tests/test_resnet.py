@@ -56,6 +56,35 @@ def test_variables_are_those_of_the_released_weights(recipe):
     assert ours == released
 
 
+def test_initial_values_are_those_of_the_published_runs():
+    model = moco.MOCOModel(resnet.ResNet(), 2, queue_size=4096, mlp=True)
+    model.encode(tf.zeros([2, 64, 64, 3], tf.uint8), trainable=True)
+    model.create_queue()
+    with tf.Session() as sess:
+        sess.run(tf.global_variables_initializer())
+        values = sess.run({v.op.name: v for v in tf.global_variables()})
+
+    def assert_normal(values, deviation):
+        count, scaled = values.size, values.ravel().astype(np.float64) / deviation
+        assert abs(scaled.mean()) < 5 / count ** 0.5
+        assert abs(scaled.std() - 1) < 5 / (2 * count) ** 0.5
+        assert np.abs(scaled).max() > 3  # a truncated one ends at 2.3
+
+    constants = {'gamma': 1, 'beta': 0, 'b': 0, 'mean/EMA': 0, 'variance/EMA': 1, 'queue_ptr': 0}
+    for name, value in values.items():
+        kind = '/'.join(name.split('/')[-1 - name.endswith('EMA'):])
+        if kind == 'W' and value.ndim == 4:  # of the outputs, scale 2
+            assert_normal(value, (2 / (value.shape[0] * value.shape[1] * value.shape[3])) ** 0.5)
+        elif kind == 'W':
+            assert_normal(value, 0.01)
+        elif kind == 'queue':
+            np.testing.assert_allclose(np.linalg.norm(value, axis=1), 1, rtol=1e-5)
+            assert_normal(value * value.shape[1] ** 0.5, 1)
+        else:
+            assert (value == constants[kind]).all(), name
+    assert len(values) == 53 * 5 + 4 + 2
+
+
 @pytest.mark.parametrize('depth, convolutions, features', [
     (18, 20, 64), (34, 36, 64), (50, 53, 256), (101, 104, 256)])
 def test_depths(depth, convolutions, features):
