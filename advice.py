@@ -1,5 +1,5 @@
 """Settings that fit: doubts about those that were given, and what few images usually take."""
-from typing import Callable, Iterator, Optional
+from typing import Iterator, Optional
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -10,9 +10,10 @@ import image_lists
 IMAGENET = 1281167  # images
 
 
-def list_doubts(args, num_images: int, steps_per_epoch: int, peak: float) -> Iterator[str]:
+def list_doubts(args, num_images: int, steps_per_epoch: int, peak: float,
+                side: float) -> Iterator[str]:
     """Sentences about settings with which training runs, but can hardly learn; `peak` is the
-    highest learning rate."""
+    highest learning rate, `side` what find_side() found."""
     keys, images = args.queue_size, steps_per_epoch * args.batch
     if keys > num_images:
         yield (f'--queue-size {keys}: is more than the {num_images} images, so an image is told '
@@ -28,12 +29,19 @@ def list_doubts(args, num_images: int, steps_per_epoch: int, peak: float) -> Ite
     if not 1 / 8 <= peak / usual <= 8:
         yield (f'a learning rate of {peak:g} is far from the {usual:g} that is usual with --batch '
                f'{args.batch}')
+    least, most = args.crop_area
+    crop = side * least ** 0.5  # pixels, of a square
+    if crop < 8:
+        yield (f'--crop-area {least:g} {most:g}: the smallest crops have {int(crop)} x {int(crop)} '
+               f"pixels of images of {side:.0f}; in the authors' CIFAR-10 demo, 9 x 9")
+    elif least > 0.5:
+        yield (f'--crop-area {least:g} {most:g}: views show nearly the same part of an image; '
+               'published recipes begin at 0.2, or 0.08')
 
 
-def propose(args, num_images: int, steps_per_epoch: int,
-            find_side: Callable[[], float]) -> Optional[str]:
+def propose(args, num_images: int, steps_per_epoch: int, side: float) -> Optional[str]:
     """A line with settings for fewer images than a quarter of ImageNet's, or None if these are near
-    them; `find_side` finds the usual shorter side of images, in pixels.
+    them; `side` is what find_side() found.
 
     What stays as in the published recipe: the queue holds about 5 % of the images (65536 of 1.28
     million; 4096 of 50,000 in the authors' CIFAR-10 demo), and the key encoder averages over a
@@ -56,7 +64,6 @@ def propose(args, num_images: int, steps_per_epoch: int,
     if args.cos and not rate / 3 <= args.lr <= rate * 3:
         flags.append(f'--lr {rate:g}')
         reasons.append('the published rate for this batch, which --cos does not scale')
-    side = find_side()
     if side <= 64 and args.image_size > 2 * side:
         flags.append(f'--image-size {int(side)} --stem {"3x3" if side <= 40 else "3x3s2"}')
         reasons.append(f'images of {side:.0f} pixels, whose crops would be enlarged')
@@ -69,8 +76,10 @@ def propose(args, num_images: int, steps_per_epoch: int,
             'docs/flags.md has the sources')
 
 
-def find_side(root: str) -> float:
-    """The median of the shorter sides of some images, in pixels."""
+def find_side(root: str, num_images: int) -> float:
+    """The median of the shorter sides of some images, in pixels; of many images, infinity."""
+    if num_images > IMAGENET / 4:
+        return float('inf')
     files = image_lists.list_images(root).files
     sides = []
     for index in np.unique(np.linspace(0, len(files) - 1, 20).astype(int)).tolist():

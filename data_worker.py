@@ -13,7 +13,7 @@ import zmq
 import data
 import decoder
 import zmq_ops
-from errors import UserError, printable
+from errors import UserError, enumerate_some, printable
 from job import signals
 
 # memory is bounded: the batch that a worker makes and those that its trainer has not read yet
@@ -134,10 +134,9 @@ class Workers:
         share = len(args.ranks) / args.size if data.TASKS[args.task].bounded else 1
         images = round(share * len(files))
         if count >= 2 and count > images / 100:
-            names = [printable(f'{files[i]}: {reason}') for i, reason in sorted(seen.items())[:6]]
-            more = [f'and {count - 6} more'] if count > 6 else []
+            lines = [printable(f'{files[i]}: {reason}') for i, reason in sorted(seen.items())]
             self._end(1, f'{count} of {images} images, more than 1 %, cannot be read: '
-                         + '; '.join(names + more))
+                         + enumerate_some(lines, '; '))
 
     def _log(self, count, image, consequence, all_images):
         """The first ten of a kind, and then their number at 20, 40, 80 ..."""

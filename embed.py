@@ -8,7 +8,7 @@ The images are those of --data, as main_moco.py reads it, each once. --out gets 
 
     features  float32 [N, D], of the backbone; in the order of names
     names     [N], paths below `folder` in made
-    labels    int32 [N], and classes, their names, if the images lie in class folders
+    labels    int32 [N], and classes, their names, if the images have such, or lie in class folders
     made      JSON: of which weights, network, folder and images
 
     file = numpy.load('features/features.npz')    # file['features'] ...
@@ -45,6 +45,7 @@ import network
 import outputs
 import resnet
 import runs
+import tar_files
 import weights
 from errors import UserError
 from job import flags, ranks, start
@@ -73,13 +74,16 @@ def parse_args(argv=None):
 
 
 def find_labels(images: image_lists.ImageList):
-    """(int32 [N], names of classes) if every image lies in a folder, of its class; else None."""
-    folders = [name.split('/', 1)[0] if '/' in name else None for name in images.files.names()]
-    classes = sorted(set(folders) - {None})
-    if None in folders or len(classes) < 2:
+    """(int32 [N], names of classes) if every image has a class number, or lies in a folder, of its
+    class; else None."""
+    numbers = tar_files.find_class_numbers(images.files)
+    given = numbers.tolist() if numbers is not None else [
+        name.split('/', 1)[0] if '/' in name else None for name in images.files.names()]
+    classes = sorted(set(given) - {None})
+    if None in given or len(classes) < 2:
         return None
-    numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[folder] for folder in folders], np.int32), classes
+    places = {value: place for place, value in enumerate(classes)}
+    return np.array([places[value] for value in given], np.int32), list(map(str, classes))
 
 
 def embed(sess, evaluation, features, num_images, dim, batch):
@@ -180,9 +184,10 @@ def main(args):
     threads, gpus = start.begin(args.stall_limit)
     path = weights.find_checkpoint(args.load)
     described = network.settle(args, path)
-    images = None  # rank 0's, which writes
+    images = labels = None  # rank 0's, which writes
     if hvd.rank() == 0:
         images = image_lists.list_images(args.data, args.split)
+        labels = find_labels(images)
         if args.format == 'parquet' and not importlib.util.find_spec('pyarrow'):
             raise UserError('--format parquet: needs pyarrow: pip install pyarrow')
         try:
@@ -209,15 +214,15 @@ def main(args):
                 if rows is not None:
                     rows.write(indices, values)
     if rows is not None:
-        write(args, path, described, images, rows)
+        write(args, path, described, images, labels, rows)
 
 
-def write(args, path, described, images, rows):
+def write(args, path, described, images, labels, rows):
     """Write what was asked for (rank 0)."""
     kept = np.flatnonzero(rows.written)
     if not len(kept):
         raise UserError(f'none of the {len(rows.written)} images can be read')
-    all_names, labels = list(images.files.names()), find_labels(images)
+    all_names = list(images.files.names())
     names = [all_names[index] for index in kept]
     made = {'load': os.path.abspath(path), 'network': described, 'split': args.split,
             'folder': os.path.abspath(images.files.root), 'image_size': args.image_size,

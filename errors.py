@@ -1,5 +1,6 @@
 """What a user can mend, in one line; job/start.py shows it."""
 import re
+from typing import Sequence
 
 
 class UserError(ValueError):
@@ -9,6 +10,12 @@ class UserError(ValueError):
 def printable(name: str) -> str:
     """A name for a message: control characters, as of lines and terminals, are '?'; but no tab."""
     return re.sub('[\0-\x08\n-\x1f\x7f-\x9f]', '?', name)
+
+
+def enumerate_some(items: Sequence[str], separator: str = ', ') -> str:
+    """The first six, and how many more."""
+    more = [f'and {len(items) - 6} more'] if len(items) > 6 else []
+    return separator.join([*items[:6], *more])
 
 
 def one_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ FOLDER, HIDDEN, DANGLING, SYSTEM = 'folder', 'hidden', 'linked to nowhere', 'of 
 HIDDEN_FOLDER = 'hidden with images in it'
 # a tar file, as a folder; and one beside a folder or file of that name
 TAR, TWICE = 'tar file', 'tar file beside a folder'
+UNKNOWN = 'of no known image format'
 TAR_NAME = re.compile(r'(?<!\.pth)\.tar$')
 COMPRESSED_NAME = re.compile(r'\.(tar\.\w+|tgz|tbz2?|txz)$', re.IGNORECASE)
 
@@ -117,7 +118,7 @@ def why_no_image(path: str, start: bytes = None) -> Optional[str]:
     may_be_tiff = name.endswith(EXTENSIONS) or not os.path.splitext(name)[1]
     return (None if SIGNATURES.match(start) or may_be_tiff and TIFF.match(start) else
             'compressed, to be made a folder or a .tar' if COMPRESSED_NAME.search(name) else
-            'of no known image format')
+            UNKNOWN)
 
 
 def holds_image(folder: str) -> bool:

@@ -13,13 +13,13 @@ import numpy as np
 
 import labels
 import tar_files
-from errors import UserError, printable
+from errors import UserError, enumerate_some, printable
 from image_files import (COMPRESSED_NAME, DANGLING, EXTENSIONS, FOLDER, HIDDEN_FOLDER, SIGNATURES,
                          SYSTEM, TAR, TWICE, enter, holds_image, is_tar, lost_link, may_be_class,
                          read_folder, tar_of, two_of_a_name, why_no_image)
 
-# files: FileList; labels: int32 [N] or None; classes: sorted list of names or None; notes: lines
-# for the user, of what was left out
+# files: FileList; labels: int32 [N] or None; classes: list of names, sorted (numbers as numbers),
+# or None; notes: lines for the user, of what was left out
 ImageList = collections.namedtuple('ImageList', ['files', 'labels', 'classes', 'notes'])
 ImageList.__new__.__defaults__ = ((),)
 
@@ -88,8 +88,10 @@ def list_images(root: str, split: str = 'train', labelled: bool = False,
     Labelled: root/train/<class>/** and root/val/<class>/**, or images directly in root/val, or in
     its only folder, with a list of labels in root or root/val: one of labels.LISTS, with a label
     that is the name of a class, or its rank among the sorted names of the folders in root/train if
-    none of them is a number. Unlabelled: everything in root/train (or in root, if it has no train)
-    or root/val, flat or nested; an error if root/train may as well be one of several classes.
+    none of them is a number. Or tar files with a class number beside each image, see tar_files:
+    the classes are those of root/train, in the order of numbers. Unlabelled: everything in
+    root/train (or in root, if it has no train) or root/val, flat or nested; an error if root/train
+    may as well be one of several classes.
     Numbered: the same, each image's label being its index.
 
     An image is a file with one of EXTENSIONS, or that image_files.why_no_image() knows by its
@@ -132,8 +134,23 @@ def _list_split(root, split, labelled, numbered):
 
 
 def _list_labelled(root, folder, split):
-    classes = _list_classes(os.path.join(root, 'train'))
-    files, left_out = find_images(folder)
+    train, found, known = os.path.join(root, 'train'), None, None
+    if _may_have_numbers(train, split):
+        found = find_images(train)
+        known = tar_files.find_class_numbers(found[0])
+    classes = _list_classes(train) if known is None else list(map(str, np.unique(known).tolist()))
+    files, left_out = found if found and split == 'train' else find_images(folder)
+    numbers = tar_files.find_class_numbers(files)
+    if numbers is not None:
+        if known is None:
+            raise UserError(f'{files[0]}: has a class number in a .cls beside it, but no tar file '
+                            f'directly in {train} has any')
+        values, unknown = np.searchsorted(np.unique(known), numbers), ~np.isin(numbers, known)
+        if unknown.any():
+            first = int(unknown.argmax())
+            raise UserError(f'{files[first]}: its class number {numbers[first]} is not in {train}')
+        return ImageList(files, values.astype(np.int32), classes, _describe(folder, left_out))
+
     counts = collections.Counter(name.split('/', 1)[0] for name in files.names() if '/' in name)
     num_flat = len(files) - sum(counts.values())
 
@@ -149,6 +166,9 @@ def _list_labelled(root, folder, split):
             raise UserError(f'the images in {folder} have no labels: they need class folders, or '
                             f'a list {root}/val.txt with lines "name label"')
 
+    if known is not None and isinstance(files, tar_files.TarFiles):
+        raise UserError(f'{tar_of(folder, files.tars[0][0])}: has no class numbers in .cls files, '
+                        f'as the tar files in {train} have')
     if num_flat:
         files = _keep(files, True, left_out, 'in no class folder')
     for name in _list_classes(folder):
@@ -157,8 +177,23 @@ def _list_labelled(root, folder, split):
         if not counts[name]:
             raise UserError('; '.join([f'there is no image in the class folder {folder}/{name}'] +
                                       _describe(folder, left_out)))
-    values = np.repeat(np.arange(len(classes), dtype=np.int32), [counts[name] for name in classes])
+    order = sorted(range(len(classes)), key=classes.__getitem__)  # of folders: 10 is before 9
+    values = np.repeat(np.array(order, np.int32), [counts[classes[label]] for label in order])
     return ImageList(files, values, classes, _describe(folder, left_out))
+
+
+def _may_have_numbers(train, split):
+    """Whether the tar files in train/ may have class numbers; for another split, whose list should
+    not take as long as that of train/, the first one tells, as all have them or none."""
+    if is_tar(train):
+        return True
+    tars = [tar_of(train, name) for name, kind in sorted(read_folder(train)[1].items())
+            if kind == TAR]
+    if split == 'train':
+        return bool(tars)
+    places = (tar_files.list_tar(path, tuple(_stamp(os.stat(path))))[1] for path in tars)
+    first = next((found for found in places if found.size), None)
+    return first is not None and (first[2] != tar_files.NO_CLASS).any()
 
 
 def _list_folders(folder):
@@ -205,15 +240,15 @@ def _look_beside_train(root) -> List[str]:
               if name not in splits and holds_image(os.path.join(root, name))]
     if others and not splits:
         raise UserError(f'{root}: is train/ the training images, or a class beside '
-                        f'{labels.cut(others)}? Give {root}/train to read it alone; to read all, '
-                        'name it differently')
+                        f'{enumerate_some(others)}? Give {root}/train to read it alone; to read '
+                        'all, name it differently')
     loose = [name for name in names
              if name not in kinds and not why_no_image(os.path.join(root, name))]
     tars = [name + '.tar' for name in names if kinds.get(name) == TAR and name != 'train'
             and not SPLIT.fullmatch(name.lower())]
-    beside = (['images in ' + labels.cut(others)] if others else []) + (
-        ['loose images: ' + labels.cut(loose)] if loose else []) + (
-        ['tar files: ' + labels.cut(tars)] if tars else [])
+    beside = (['images in ' + enumerate_some(others)] if others else []) + (
+        ['loose images: ' + enumerate_some(loose)] if loose else []) + (
+        ['tar files: ' + enumerate_some(tars)] if tars else [])
     return [f'{root}: only train/ is read; beside it are {", and ".join(beside)}'] if beside else []
 
 
@@ -224,7 +259,7 @@ def _look_for_splits(root) -> List[str]:
     splits = [name + '/' for name in folders if SPLIT.fullmatch(name.lower())]
     others = [name for name in folders if name + '/' not in splits]
     advice = f' (give {root}/{others[0]} to read that alone)' if len(others) == 1 else ''
-    return [f'{root}: no train/ in it: everything is read, also {labels.cut(splits)}{advice}'
+    return [f'{root}: no train/ in it: everything is read, also {enumerate_some(splits)}' + advice
             ] if splits else []
 
 
@@ -326,8 +361,8 @@ def _walk_tar(folder, tar, beside, seen, left_out, tars):
     names, prefix = names.split('\0')[:-1], tar + '/' * bool(tar)
     tops = {name.split('/', 1)[0] for name in names}
     if len(tops) > 1 and tops <= set(beside) - {os.path.basename(tar)}:
-        raise UserError(f'{path} is beside all that is in it, {labels.cut(sorted(tops))}: remove '
-                        'one or the other')
+        raise UserError(f'{path} is beside all that is in it, {enumerate_some(sorted(tops))}: '
+                        'remove one or the other')
     for name, reason in not_read.items():
         _leave_out(left_out, reason, prefix + name)
     tars.append((tar, status.st_mtime_ns, status.st_size, places))
@@ -353,7 +388,7 @@ def _cache_path(folder):
     home = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.environ['HOME'], '.cache')
     folder = tar_of(folder) if is_tar(folder) else folder
     # the inode, for hosts that share a home but not the data
-    key = json.dumps(['tar files', os.path.realpath(folder), os.stat(folder).st_ino, EXTENSIONS,
+    key = json.dumps(['class numbers', os.path.realpath(folder), os.stat(folder).st_ino, EXTENSIONS,
                       SIGNATURES.pattern.decode('latin-1')])
     return os.path.join(home, 'moco', hashlib.sha256(key.encode()).hexdigest()[:16] + '.npz')
 

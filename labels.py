@@ -10,7 +10,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, enumerate_some
 from image_files import EXTENSIONS
 
 # the last two are Tiny-ImageNet's, and ImageNet's of the localization task
@@ -95,7 +95,7 @@ def _read_list(path, images, classes):
     if unlabelled:
         example = '; its line {} is "{:.80}"'.format(*absent[0]) if absent else ''
         raise UserError(f'{path} has no label for {len(unlabelled)} of {len(images)} images: '
-                        f'{cut(unlabelled)}{example}')
+                        f'{enumerate_some(unlabelled)}{example}')
     notes = ([f'{path} has {len(absent)} labels for images that are not there']
              if len(absent) > HANDFUL else [])
     return np.array([chosen[index][1] for index in range(len(images))], np.int32), notes
@@ -214,9 +214,3 @@ def _finder(images: Sequence[str]) -> Callable[[str], Optional[Tuple[int, bool]]
                 return table[key], rank < 2
         return None
     return find
-
-
-def cut(names: Sequence[str]) -> str:
-    """The first names of a list, for a message."""
-    more = f' and {len(names) - 6} more' if len(names) > 6 else ''
-    return ', '.join(names[:6]) + more

@@ -199,11 +199,12 @@ def main(args):
         f'{num_images} images, {args.batch} in a step on {hvd.size()} ranks ({batch_size} each, BN '
         f'over {batch_size // args.bn_splits}), {steps_per_epoch} steps an epoch, learning rate '
         f'{peak:g}')
-    for line in advice.list_doubts(args, num_images, steps_per_epoch, peak):
+    side = (advice.find_side(args.data, num_images) if server and hvd.rank() == 0 else
+            float('inf'))
+    for line in advice.list_doubts(args, num_images, steps_per_epoch, peak, side):
         logger.warn(line)
     if server and hvd.rank() == 0:
-        line = advice.propose(args, num_images, steps_per_epoch,
-                              lambda: advice.find_side(args.data))
+        line = advice.propose(args, num_images, steps_per_epoch, side)
         if line:
             logger.info(line)
     network.save(described)

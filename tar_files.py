@@ -1,18 +1,21 @@
-"""Images in uncompressed tar files: a tar file is a folder of its name without .tar."""
+"""Images in uncompressed tar files: a tar file is a folder of its name without .tar. A member
+key.cls, as of WebDataset, has the number of the class of key.jpg."""
 import functools
 import os
 import posixpath
+import re
 import resource
 import tarfile
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, printable
 from image_files import (EXTENSIONS, HIDDEN, HIDDEN_FOLDER, SYSTEM, SYSTEM_FOLDERS, TAR_NAME,
-                         tar_of, why_no_image)
+                         UNKNOWN, tar_of, why_no_image)
 
 COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')  # gzip, bzip2, xz, zstd
+NO_CLASS, BAD_CLASS = -1, -2  # in place of a class number: no .cls, and one without a number
 
 
 class TarFiles:
@@ -22,7 +25,8 @@ class TarFiles:
     Args:
         files: the FileList of their names.
         tars: list of (name as a folder, mtime in ns, size in bytes), of each tar file.
-        places: int64 [3, N]: number of the tar file, or -1; first byte; number of bytes.
+        places: int64 [4, N]: number of the tar file, or -1; first byte; number of bytes; class
+            number, or NO_CLASS, or BAD_CLASS.
     """
 
     def __init__(self, files, tars, places: np.ndarray):
@@ -41,7 +45,7 @@ class TarFiles:
         return tar_of(self.root, name) + path[len(os.path.join(self.root, name).rstrip('/')):]
 
     def read(self, index: int) -> bytes:
-        tar, first, size = self.places[:, index].tolist()
+        tar, first, size, _ = self.places[:, index].tolist()
         return self._files.read(index) if tar < 0 else os.pread(self._open(tar), size, first)
 
     def take(self, indices) -> 'TarFiles':
@@ -70,7 +74,7 @@ class TarFiles:
 def locate(names: Iterator[str], tars: List[Tuple[str, np.ndarray]], count: int) -> np.ndarray:
     """`places` of TarFiles, from (name, places that list_tar() gave) of each tar file in the order
     of a list's names. The images of a tar file lie side by side in it."""
-    places, numbered = np.full([3, count], -1, np.int64), enumerate(names)
+    places, numbered = np.full([4, count], -1, np.int64), enumerate(names)
     for number, (tar, found) in enumerate(tars):
         if found.shape[1]:
             first = next(i for i, name in numbered if name.startswith(tar + '/' * bool(tar)))
@@ -79,11 +83,24 @@ def locate(names: Iterator[str], tars: List[Tuple[str, np.ndarray]], count: int)
     return places
 
 
+def find_class_numbers(files) -> Optional[np.ndarray]:
+    """The class number of each image of an image_lists.FileList, int64 [N], if there are any."""
+    numbers = files.places[3] if isinstance(files, TarFiles) else np.array([])
+    if (numbers == NO_CLASS).all():
+        return None
+    for fault, text in ((NO_CLASS, 'has no class number in a .cls beside it, as other images have'),
+                        (BAD_CLASS, 'the .cls beside it is no class number, as 0, 1, 2')):
+        if (numbers == fault).any():
+            raise UserError(printable(f'{files[int((numbers == fault).argmax())]}: {text} '
+                                      f'({(numbers == fault).sum()} of {len(numbers)} images)'))
+    return numbers
+
+
 @functools.lru_cache(maxsize=2)  # train.tar and val.tar are asked for several times
 def list_tar(path: str, stamp) -> Tuple[str, np.ndarray, Dict[str, str]]:
     """The images in a tar file: their names, each with NUL behind it, in the order of folders;
-    int64 [2, N]: first byte, number of bytes; and what is left out, {name: reason}. Only headers
-    are read. `stamp`: what tells a changed file."""
+    int64 [3, N]: first byte, number of bytes, class number; and what is left out, {name: reason}.
+    Only headers and class numbers are read. `stamp`: what tells a changed file."""
     left_out = {}
     with open(path, 'rb') as file:
         if file.read(6).startswith(COMPRESSED):
@@ -94,14 +111,15 @@ def list_tar(path: str, stamp) -> Tuple[str, np.ndarray, Dict[str, str]]:
         except (tarfile.TarError, ValueError, OSError) as error:
             raise UserError(f'the tar file {path} is damaged or cut off: {error}')
     names = sorted(found, key=lambda name: name.replace('/', '\0'))
-    places = np.array([found[name] for name in names], np.int64).reshape(-1, 2).T
+    places = np.array([found[name] for name in names], np.int64).reshape(-1, 3).T
     return ''.join(name + '\0' for name in names), places, left_out
 
 
 def _list_members(file, start, end, stem, may_nest, left_out):
-    """{name: (first byte, number of bytes)} of the tar file in these bytes of a file."""
+    """{name: (first byte, number of bytes, class number)} of the tar file in these bytes of a
+    file."""
     file.seek(start)
-    found, folders, tars = {}, set(), {}
+    found, folders, tars, classes = {}, set(), {}, {}
     tar = tarfile.TarFile(fileobj=file)
     for member in iter(tar.next, None):
         tar.members = []  # it would keep all
@@ -111,6 +129,8 @@ def _list_members(file, start, end, stem, may_nest, left_out):
         folders.add(name if member.isdir() else posixpath.dirname(name))
         if may_nest and TAR_NAME.search(name) and member.isreg() and not what:
             tars[name[:-len('.tar')]] = place
+        elif reason == UNKNOWN and name.lower().endswith('.cls'):
+            classes[name[:-len('.cls')]] = _read_number(file, member)
         elif reason:
             left_out[what or name] = reason
         elif not what and not member.isdir():
@@ -118,6 +138,9 @@ def _list_members(file, start, end, stem, may_nest, left_out):
     file.seek(tar.offset)
     if tar.offset + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
         raise ValueError('it does not end as tar files do')
+    # WebDataset's keys end at the first dot: 1.cls is of 1.left.jpg, unless there is 1.left.cls
+    found = {name: place + (classes.get(posixpath.splitext(name)[0], classes.get(
+        re.sub(r'\.[^/]*$', '', name), NO_CLASS)),) for name, place in found.items()}
 
     for name, (first, size) in tars.items():
         if name in folders:
@@ -133,6 +156,12 @@ def _list_members(file, start, end, stem, may_nest, left_out):
     if found and all(name.startswith(stem + '/') for name in found):
         found = {name[own:]: place for name, place in found.items()}
     return found
+
+
+def _read_number(file, member):
+    file.seek(member.offset_data)
+    text = file.read(min(64, member.size)).strip()
+    return int(text) if re.fullmatch(rb'[0-9]{1,18}', text) else BAD_CLASS
 
 
 def _why_left_out(file, member, name):

@@ -18,7 +18,7 @@ from typing import Callable, Dict, Iterable, List, Tuple
 import numpy as np
 
 import checkpoints
-from errors import UserError
+from errors import UserError, enumerate_some
 
 Weights = Dict[str, np.ndarray]
 Predicate = Callable[[str], bool]  # on names
@@ -67,11 +67,11 @@ def check_weights(path: str, weights: Weights, variables) -> None:
     problems = compare(weights, {v.op.name: tuple(v.shape.as_list()) for v in variables})
     if problems:
         raise UserError(f'{path}: does not fit this network (other depth, width, stem, recipe or '
-                        'script?): ' + enumerate_some(problems))
+                        'script?): ' + enumerate_some(problems, '; '))
     problems = find_dead(weights)
     if problems:
         raise UserError(f'{path}: is of a network that computes nothing: '
-                        + enumerate_some(problems))
+                        + enumerate_some(problems, '; '))
 
 
 def find_dead(weights: Weights) -> List[str]:
@@ -86,12 +86,6 @@ def find_dead(weights: Weights) -> List[str]:
             elif name.endswith('/W') and not array.any():
                 sentences.append(f'{name} is zero')
     return sentences
-
-
-def enumerate_some(sentences: List[str]) -> str:
-    """The first six, and how many more."""
-    rest = [f'... and {len(sentences) - 6} more'] if len(sentences) > 6 else []
-    return '; '.join(sentences[:6] + rest)
 
 
 def compare(weights: Weights, shapes: Dict[str, tuple]) -> List[str]:

@@ -20,13 +20,16 @@ hvd.init()
     (['--bn-splits', '1', '--batch', '1', '--queue-size', '4'], 60, []),
     (['--lr', '0.3', '--cos'], 60, ['a learning rate of 0.3 is far from the 0.0009375']),
     (['--lr', '0.00003'], 60, ['a learning rate of 9.375e-07 is far from the 0.0009375']),
-    (['--knn-every', '9', '--epochs', '5'], 60, ['--knn-every 9: never comes in 5 epochs'])])
+    (['--knn-every', '9', '--epochs', '5'], 60, ['--knn-every 9: never comes in 5 epochs']),
+    (['--crop-area', '0.08', '1'], 60, []),
+    (['--crop-area', '0.06', '1'], 60, ['--crop-area 0.06 1: the smallest crops have 7 x 7 ']),
+    (['--crop-area', '0.6', '1'], 60, ['--crop-area 0.6 1: views show nearly the same'])])
 def test_settings_that_can_hardly_learn_are_said(flags, num_images, words):
     args = main_moco.parse_args(['--data', 'x', '--batch', '8', '--bn-splits', '2', '--queue-size',
                                  '32'] + flags)
     steps, _ = runs.count_steps(args, num_images)
     peak = args.lr if args.cos else args.lr * args.batch / 256
-    lines = list(advice.list_doubts(args, num_images, steps, peak))
+    lines = list(advice.list_doubts(args, num_images, steps, peak, 32))
     assert len(lines) == len(words), lines
     assert all(line.startswith(word) for line, word in zip(lines, words)), lines
 
@@ -50,7 +53,7 @@ SMALL = ['--batch', '128', '--queue-size', '4096', '--momentum', '0.99', '--imag
 def test_proposals_for_few_images(flags, num_images, side, words):
     args = main_moco.parse_args(['--data', 'x'] + flags)
     args.image_size = args.image_size or 224
-    line = advice.propose(args, num_images, num_images // args.batch, lambda: side)
+    line = advice.propose(args, num_images, num_images // args.batch, side)
     assert (line is None) == (words is None), line
     assert all(word in line for word in words or [])
     assert line is None or line.startswith(f'{num_images} images: ') and '\n' not in line
@@ -58,11 +61,13 @@ def test_proposals_for_few_images(flags, num_images, side, words):
 
 def test_many_images_are_not_looked_at():
     args = main_moco.parse_args(['--data', 'x'])
-    assert advice.propose(args, 1281167, 5004, lambda: 1 / 0) is None
+    side = advice.find_side('nowhere', 1281167)
+    assert advice.propose(args, 1281167, 5004, side) is None
+    assert not any('crop' in line for line in advice.list_doubts(args, 1281167, 5004, 0.03, side))
 
 
 def test_usual_side_of_images(tmp_path):
     for i in range(9):
         write_image(tmp_path / f'{i}.png', size=(20 + 10 * i, 200))
     (tmp_path / '4.png').write_bytes(b'damaged')
-    assert advice.find_side(str(tmp_path)) == np.median([20, 30, 40, 50, 70, 80, 90, 100])
+    assert advice.find_side(str(tmp_path), 9) == np.median([20, 30, 40, 50, 70, 80, 90, 100])

@@ -64,17 +64,17 @@ OTHERS = {
     ('bfloat',): ([], [])}
 # and what is refused -> the message
 REFUSED = {
-    ('dino',): 'holds several networks: student.module.backbone.; teacher.backbone.; convert one: '
+    ('dino',): 'holds several networks: student.module.backbone., teacher.backbone.; convert one: '
                'tools/convert_checkpoint.py --part teacher.backbone',
-    ('dino', '--part', 'nobody'): '--part: it holds student.module.backbone.; teacher.backbone.',
+    ('dino', '--part', 'nobody'): '--part: it holds student.module.backbone., teacher.backbone.',
     ('no_layer4',): 'is not all of one network on a ResNet-18, and nothing else: '
-                    'group3/block0/conv1/W is missing; .*; ... and 19 more',
-    ('excited',): 'holds no ResNet of torchvision, which has no layer1.0.se.fc0.bias; .*'
-                  'layer1.0.se.fc2.weight; ... and 4 more',
+                    'group3/block0/conv1/W is missing; .*; and 19 more',
+    ('excited',): 'holds no ResNet of torchvision, which has no layer1.0.se.fc0.bias, .*'
+                  'layer1.0.se.fc2.weight, and 4 more',
     ('grouped',): r'.*conv2/W has shape .3, 3, 1, 4. where .3, 3, 4, 4. is needed; .*'
-                  '... and 2 more',
+                  '; and 2 more',
     ('transformer',): 'cannot be read as weights: it holds no ResNet of torchvision .conv1.weight, '
-                      'layer1.0.conv1.weight., but model.blocks.0.attn.bias; .*; ... and 12 more',
+                      'layer1.0.conv1.weight., but model.blocks.0.attn.bias, .*, and 12 more',
     ('list',): 'cannot be read as weights: it holds no ResNet of .*, but no state_dict of tensors',
     ('object',): 'cannot be read as weights: it holds more than tensors and plain values, which '
                  'might be code: __main__.ResNet'}

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 import embed
+import image_lists
 from commands import MOCO, finish, run, start, write_images
+from errors import UserError
+from test_tar_files import write_shards
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +52,15 @@ def test_labels_are_those_of_class_folders(folder):
     assert [one['classes'][label] for label in one['labels']] == [
         name[0] for name in one['names'].tolist()]
     assert 'labels' not in read(folder, 'flat')
+
+
+def test_labels_are_the_class_numbers_of_shards(tmp_path):
+    write_shards(tmp_path)
+    labels, classes = embed.find_labels(image_lists.list_images(str(tmp_path)))
+    assert labels.tolist() == [2, 0, 1, 1, 2] and classes == ['2', '9', '10']
+    write_shards(tmp_path, numbers=(2, 9, None))
+    with pytest.raises(UserError, match='000000.tar/2.png: has no class number'):
+        embed.find_labels(image_lists.list_images(str(tmp_path)))
 
 
 def test_the_file_says_what_made_it(folder):

@@ -267,7 +267,7 @@ def test_the_data_server_prints_notes(tmp_path, quiet):
     (['Test2017/', 'more/deep/1.png', 'extra/IMG'], 'images in extra/, more/'),
     (['val.txt', 'b.png', 'IMG'], 'loose images: IMG, b.png'),
     (['dev/', 'more/1.png', '1.png'], 'images in more/, and loose images: 1.png'),
-    (['val/'] + [f'{i}/1.png' for i in range(8)], 'images in 0/, 1/, 2/, 3/, 4/, 5/ and 2 more'),
+    (['val/'] + [f'{i}/1.png' for i in range(8)], 'images in 0/, 1/, 2/, 3/, 4/, 5/, and 2 more'),
 ])
 def test_train_is_read_alone(tmp_path, names, note):
     make(tmp_path, 'train/1.png', *names)
@@ -618,7 +618,7 @@ def test_errors_of_label_lists(tmp_path, lines, message):
 def test_long_lists_of_names_are_cut(tmp_path):
     make_flat_val(tmp_path, 'x.png 0\ny.png 0\n')
     make(tmp_path, *[f'val/{i}.png' for i in range(8)])
-    with pytest.raises(UserError, match='8 of 10 images: 0.png, .*, 5.png and 2 more$'):
+    with pytest.raises(UserError, match='8 of 10 images: 0.png, .*, 5.png, and 2 more$'):
         list_images(str(tmp_path), 'val', labelled=True)
 
 

@@ -165,13 +165,127 @@ def test_folders_without_train(tmp_path, names):
     assert not list((tmp_path / 'tars').rglob('*.png'))
 
 
-def test_shards_are_read_without_their_labels(tmp_path):
-    png = write_image(tmp_path / '1.png').read_bytes()
-    for i in range(3):
-        write_tar(tmp_path / f'shards/{i:06d}.tar', {f'{i}.png': png, f'{i}.cls': b'3'})
-    images = list_images(str(tmp_path / 'shards'))
-    assert list(images.files.names()) == ['000000/0.png', '000001/1.png', '000002/2.png']
-    assert 'left out 3 files: 3 of no known image format (000000/0.cls, ' in images.notes[0]
+# ------------------------------------------------------------------------------ class numbers
+
+PNG = cv2.imencode('.png', np.zeros([8, 8, 3], np.uint8))[1].tobytes()
+
+
+def write_shards(root, split='train', numbers=(10, 9, 2, 10, 9), **others):
+    """Two shards of images '<i>.png' with these class numbers, or none of None; and others in the
+    second."""
+    for shard in range(2):
+        members = {}
+        for i in range(shard, len(numbers), 2):
+            members[f'{i}.png'] = PNG
+            if numbers[i] is not None:
+                members[f'{i}.cls'] = str(numbers[i]).encode()
+        write_tar(root / split / f'{shard:06d}.tar', dict(members, **others if shard else {}))
+
+
+def test_class_numbers_beside_images(tmp_path):
+    write_shards(tmp_path)
+    write_shards(tmp_path, 'val', (9, '10\n', '002'))
+    train, val = (list_images(str(tmp_path), split, True) for split in ('train', 'val'))
+    assert train.classes == val.classes == ['2', '9', '10'] and train.labels.dtype == np.int32
+    assert list(train.files.names()) == ['000000/0.png', '000000/2.png', '000000/4.png',
+                                         '000001/1.png', '000001/3.png']
+    assert train.labels.tolist() == [2, 0, 1, 1, 2] and val.labels.tolist() == [1, 0, 2]
+    assert train.notes == val.notes == []
+    chosen = subset.choose(train, '1-per-class')
+    assert sorted(chosen.labels.tolist()) == [0, 1, 2] and len(chosen.files) == 3
+
+    # a list, or folders named by the numbers, may be val/
+    shutil.rmtree(str(tmp_path / 'val'))
+    for name in ('9/1.png', '10/1.png', '2/1.png', '10/2.png'):
+        write_image(tmp_path / 'val' / name)
+    val = list_images(str(tmp_path), 'val', True)
+    assert [val.classes[label] for label in val.labels] == [
+        name.split('/')[0] for name in val.files.names()] == ['10', '10', '2', '9']
+    shutil.rmtree(str(tmp_path / 'val'))
+    write_tar(tmp_path / 'val.tar', {'1.png': PNG, '2.png': PNG})
+    (tmp_path / 'val.txt').write_text('2.png 10\n1.png 2\n')
+    assert list_images(str(tmp_path), 'val', True).labels.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize('members, expected', [
+    ({'1.png': PNG, '1.cls': b'4', '2.png': PNG, '2.CLS': b'5', '2.json': b'{}'}, [4, 5]),
+    ({'d.x/1.cls': b'4', 'd.x/1.left.png': PNG, 'd.x/1.right.png': PNG}, [4, 4]),
+    ({'1.a.png': PNG, '1.a.cls': b'4', '1.b.png': PNG, '1.b.cls': b'5'}, [4, 5]),
+    ({'train/1.png': PNG, 'train/1.cls': b'4', 'train/x.npy': b'x'}, [4]),
+    ({'photo': PNG, 'photo.cls': b'4', '._photo.cls': b'x', 'gone.cls': b'cat'}, [4]),
+    ({'1.png': PNG, '2.cls': PNG}, None),  # an image
+])
+def test_which_number_is_whose(tmp_path, members, expected):
+    write_tar(tmp_path / 'train.tar', members)
+    files = list_images(str(tmp_path)).files
+    assert len(files) == list(members.values()).count(PNG)
+    numbers = tar_files.find_class_numbers(files)
+    assert numbers is expected is None or numbers.tolist() == expected
+    if expected:
+        assert list_images(str(tmp_path), 'train', True).classes == sorted(map(str, set(expected)))
+
+
+def test_pretraining_needs_no_class_numbers(tmp_path):
+    write_shards(tmp_path / 'with', numbers=(0, 'cat', None))
+    write_shards(tmp_path / 'without', numbers=(None, None, None))
+    one = list_images(str(tmp_path / 'with'))
+    assert digest_images(one) == digest_images(list_images(str(tmp_path / 'without')))
+    assert one.notes == []
+    write_shards(tmp_path / 'more', **{'1.json': b'{}', '3.json': b'{}'})
+    assert list_images(str(tmp_path / 'more')).notes == [
+        f'{tmp_path}/more/train: left out 2 files: 2 of no known image format '
+        '(000001/1.json, 000001/3.json)']
+
+
+@pytest.mark.parametrize('train, val, split, message', [
+    ((0, 1, 1, None), (0, 1), 'train', r'train/000001.tar/3.png: has no class number .*1 of 4'),
+    ((0, None, 1, None), (0, 1), 'val', r'train/000001.tar/1.png: has no class .*2 of 4 images'),
+    ((0, 'cat', 1), (0, 1), 'train', 'train/000001.tar/1.png: the .cls beside it is no class'),
+    ((0, -1, 1), (0, 1), 'train', 'train/000001.tar/1.png: the .cls beside it is no class'),
+    ((0, '', 1), (0, 1), 'train', 'train/000001.tar/1.png: the .cls beside it is no class'),
+    ((0, '1.5'), (0, 1), 'train', 'train/000001.tar/1.png: the .cls beside it is no class'),
+    ((0, 1), (0, 2), 'val', r'val/000001.tar/1.png: its class number 2 is not in .*/train$'),
+    ((0, 1), (None, None), 'val', r'val/000000.tar: has no class numbers in .cls files, as'),
+    ((None, None), (0, 1), 'val', r'val/000000.tar/0.png: has a class number .* has any$'),
+])
+def test_errors_of_class_numbers(tmp_path, train, val, split, message):
+    write_shards(tmp_path, 'train', train)
+    write_shards(tmp_path, 'val', val)
+    with pytest.raises(UserError, match='^' + str(tmp_path) + '/' + message):
+        list_images(str(tmp_path), split, True)
+    assert len(list_images(str(tmp_path)).files) == len(train)  # without labels
+
+
+def test_shards_in_class_folders_or_beside_images_are_no_guess(tmp_path):
+    write_shards(tmp_path, 'train/part')
+    with pytest.raises(UserError, match='/part/000000.tar/0.png: has a class .*/train has any'):
+        list_images(str(tmp_path), 'train', True)
+    shutil.move(str(tmp_path / 'train/part/000000.tar'), str(tmp_path / 'train/000000.tar'))
+    write_image(tmp_path / 'train/a/1.png')
+    with pytest.raises(UserError, match='/train/a/1.png: has no class number in a .cls'):
+        list_images(str(tmp_path), 'train', True)
+
+
+@pytest.mark.parametrize('top', ['train', ''])
+def test_packing_keeps_class_numbers(tmp_path, top):
+    if top:
+        write_shards(tmp_path / 'shards', **{'7.left.png': PNG, '7.cls': b'9', '8': PNG,
+                                             '8.cls': b'12'})
+    else:
+        write_tar(tmp_path / 'shards/train.tar', {'1.png': PNG, '1.cls': b'4', 'd/2.left.png': PNG,
+                                                  'd/2.cls': b'5'})
+    write_shards(tmp_path / 'shards', 'val')
+    pack.main([str(tmp_path / 'shards'), str(tmp_path / 'packed')])
+    assert expect_same(tmp_path / 'shards', tmp_path / 'packed', 'train', True).labels.any()
+    write_shards(tmp_path / 'shards', 'val', (9, 9, 9, 9, 9))
+    with pytest.raises(SystemExit, match='was not packed from the same images'):
+        pack.main([str(tmp_path / 'shards'), str(tmp_path / 'packed')])
+    write_shards(tmp_path / 'shards', 'val', (9, 9, 9, 9, None))
+    with pytest.raises(SystemExit, match='/val/000000.tar/4.png: has no class number'):
+        pack.main([str(tmp_path / 'shards'), str(tmp_path / 'again')])
+
+
+# -------------------------------------------------------------------------------- what is left out
 
 
 def test_what_is_left_out_of_a_tar_file(tmp_path):
@@ -319,6 +433,25 @@ def test_an_index_is_kept_until_a_tar_file_changes(tmp_path, monkeypatch, layout
     images = list_images(str(tmp_path / 'tars'), 'train', labelled)
     assert read and 'a-b/7.png' in list(images.files.names())
     assert images.files.read(list(images.files.names()).index('a-b/7.png')) == b'seven'
+
+
+def test_only_one_tar_file_of_train_is_read_for_val(tmp_path, monkeypatch):
+    make(tmp_path / 'folders')
+    class_tars(tmp_path / 'folders', tmp_path / 'tars')
+    read, list_tar = [], tar_files.list_tar.__wrapped__
+    monkeypatch.setattr(tar_files, 'list_tar', lambda *args: read.append(args) or list_tar(*args))
+    expect_same(tmp_path / 'folders', tmp_path / 'tars', 'val', True)
+    assert [path for path, _ in read if '/train/' in path] == [f'{tmp_path}/tars/train/a.tar']
+
+
+def test_an_index_keeps_class_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setattr(image_lists, 'SLOW_LISTING', -1)
+    monkeypatch.setattr(image_lists, 'SETTLED', -60)
+    write_shards(tmp_path)
+    list_images(str(tmp_path))  # keeps them, too
+    monkeypatch.setattr(tar_files, 'list_tar', None)
+    assert list_images(str(tmp_path), 'train', True).labels.tolist() == [2, 0, 1, 1, 2]
 
 
 # --------------------------------------------------------------------------------------- processes

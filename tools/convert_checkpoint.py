@@ -41,7 +41,7 @@ import checkpoints
 import outputs
 import resnet
 import weights
-from errors import UserError, one_line
+from errors import UserError, enumerate_some, one_line
 from tools import pytorch_format
 from tools.export_model import MARK, settle, write_onnx, write_saved_model
 
@@ -120,7 +120,7 @@ def convert(src, dst, backbone_only=False, fasterrcnn=False, part=None, stem=Non
     if problems:
         whole = 'MoCo' if 'queue' in shapes else 'one network'
         raise UserError(f'{src}: is not all of {whole} on a ResNet-{depth}, and nothing else: '
-                        + weights.enumerate_some(problems))
+                        + enumerate_some(problems, '; '))
     if write is write_moco and not {'queue', 'momentum_encoder/conv0/W'} <= set(arrays):
         raise UserError(f'{src}: has no key encoder and queue, which a .pth.tar of MoCo holds; '
                         f'write a .pth instead of {dst}')

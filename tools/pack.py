@@ -6,8 +6,9 @@
 
 train/ and val/ of a DIR with a train/, else all of DIR. Each folder in them becomes a tar file; a
 folder with images directly in it becomes one as a whole. So the list of images is the same: names,
-order, labels. With --max-side, an image whose longer side is longer becomes a JPEG, whatever its
-name, and one that cannot be read is left out. The same command again goes on where it was stopped.
+order, labels (of shards: their .cls). With --max-side, an image whose longer side is longer becomes
+a JPEG, whatever its name, and one that cannot be read is left out. The same command again goes on
+where it was stopped.
 """
 import os
 import sys
@@ -29,6 +30,7 @@ import cv2
 import decoder
 import labels
 import outputs
+import tar_files
 from errors import UserError, printable
 from image_lists import digest_images, list_images
 from job import cores
@@ -52,7 +54,15 @@ def shrink(encoded: bytes, max_side: int, quality: int):
 
 
 def write_tar(path, members, files, convert):
-    """Write the images of (name in the tar file, index)."""
+    """Write the images of (name in the tar file, index), and their class numbers if any."""
+    numbers = tar_files.find_class_numbers(files)
+
+    def add(name, content):
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+        tar.members = []  # it would keep all
+
     def leave_out(index, why):
         print(printable(f'left out {files[index]}: {why}'), file=sys.stderr)
 
@@ -70,10 +80,9 @@ def write_tar(path, members, files, convert):
                 if isinstance(content, str):
                     leave_out(index, content)
                     continue
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-                tar.members = []  # it would keep all
+                add(name, content)
+                if numbers is not None:
+                    add(os.path.splitext(name)[0] + '.cls', str(numbers[index]).encode())
     print(printable(path), file=sys.stderr, flush=True)
 
 
@@ -97,7 +106,9 @@ def pack(root, out, convert, how: str):
     lists, val = [list_images(root)], os.path.join(root, 'val')
     if lists[0].files.root != root and (os.path.exists(val) or os.path.exists(val + '.tar')):
         lists.append(list_images(root, 'val'))
-    open_folder(out, ' '.join([how] + list(map(digest_images, lists))))
+    numbered = [images._replace(labels=tar_files.find_class_numbers(images.files))
+                for images in lists]
+    open_folder(out, ' '.join([how] + list(map(digest_images, numbered))))
     for files, _, _, notes in lists:
         for note in notes:
             print(note, file=sys.stderr)

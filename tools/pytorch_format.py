@@ -11,8 +11,8 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 
 import resnet
-from errors import UserError
-from weights import NETWORK, enumerate_some, is_head
+from errors import UserError, enumerate_some
+from weights import NETWORK, is_head
 
 # before 2.6, a file could get round weights_only (CVE-2025-32434)
 VERSION = (2, 6)
