@@ -32,10 +32,12 @@ test-gpu: env
 demo: env
 	@$(in_env) && python tools/demo.py
 
-# one file for all environments
-build/augment.so: augment.cc
+# one file each for all environments
+build/jpeg.so: libraries = $(shell pkg-config --cflags --libs libjpeg 2>/dev/null || echo -ljpeg)
+build/%.so: %.cc
 	@mkdir -p build
-	@$${CXX:-g++} -std=c++11 -O3 -Wall -fPIC -shared $< -o $@.$$$$.tmp && mv $@.$$$$.tmp $@
+	@$${CXX:-g++} -std=c++11 -O3 -Wall -fPIC -shared $< $(libraries) -o $@.$$$$.tmp && \
+	    mv $@.$$$$.tmp $@
 
 clean:
 	@rm -rf .venv-tf1* .venv-tf2* build zmq_ops/build .pytest_cache

@@ -15,7 +15,7 @@ import views
 
 # What a server can be asked for. view: a function of views.py; num_views: of each image;
 # labelled: whether labels go along, or the images' own numbers, NUMBERED; area: range of the random
-# crop, fractions of the image;
+# crop, fractions of the image, or None for the centre;
 # bounded: whether the ranks together get every image once, in place of endless epochs.
 NUMBERED = 'numbered'
 Task = collections.namedtuple('Task', 'view num_views labelled area bounded')
@@ -105,6 +105,11 @@ class Batches:
             return [(0, index) for index in images_of_bounded_batch(step, *self._where)]
         return images_of_batch(step, *self._where, self.seed)
 
+    def _sample_box(self, height, width):
+        if self.task.area is None:
+            return views.center_box(height, width, self.image_size)
+        return views.sample_crop(self._rng, height, width, self.area)
+
     def specs(self, step: int) -> list:
         """(shape, dtype) of a batch's arrays: views uint8 [n, S, S, 3], labels int32 [n] if any."""
         n = len(self._plan(step))
@@ -114,10 +119,16 @@ class Batches:
     def fill(self, step: int, arrays: List[np.ndarray]) -> None:
         """Write a batch into arrays of its specs."""
         for i, (epoch, index) in enumerate(self._plan(step)):
-            self._rng.seed(seed_of_image(self.seed, epoch, index))
-            index, image = self.reader.read(index)
-            for array in arrays[:self.task.num_views]:
-                self.task.view(image, array[i], self._rng, self.area)
+            boxes, seed = [], seed_of_image(self.seed, epoch, index)
+
+            def choose_box(height, width):
+                # here, since it is called again for the next image if this one cannot be read
+                self._rng.seed(seed)
+                boxes[:] = [self._sample_box(height, width) for _ in range(self.task.num_views)]
+                return views.union(boxes)
+            index, image = self.reader.read(index, choose_box)
+            for box, array in zip(boxes, arrays):
+                self.task.view(image, box, array[i], self._rng)
             for labels in arrays[self.task.num_views:]:
                 labels[i] = self.reader.images.labels[index]
 

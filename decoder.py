@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import tempfile
-from typing import Callable, List, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -13,6 +13,7 @@ import formats
 from errors import UserError
 from formats import Unreadable
 
+LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'build', 'jpeg.so')
 # of libjpeg, about a JPEG or what is in a TIFF: it has made up what was missing
 LOST = re.compile('[Pp]remature end|instead of RST')
 
@@ -26,13 +27,14 @@ class ImageReader:
         self.images, self._report, self._unreadable = images, report, set()
         self._warned = bytearray(len(images.files))  # it may be all of them
 
-    def read(self, index: int) -> Tuple[int, np.ndarray]:
-        """Returns (index of the image that was read, uint8 BGR [height, width, 3])."""
+    def read(self, index: int, choose_box: Optional[Callable] = None) -> Tuple[int, np.ndarray]:
+        """Returns (index of the image that was read, uint8 BGR [height, width, 3]); choose_box: see
+        decode()."""
         files = self.images.files
         for _ in range(len(files)):
             if index not in self._unreadable:
                 try:
-                    image, warning = decode(files.read(index))
+                    image, warning = decode(files.read(index), choose_box)
                     if warning and not self._warned[index]:
                         self._warned[index] = True
                         self._report(index, warning, False)
@@ -46,7 +48,40 @@ class ImageReader:
         raise UserError(f'none of the {len(files)} images can be read')
 
 
-def decode(encoded: bytes) -> Tuple[np.ndarray, str]:
+def decode(encoded: bytes, choose_box: Optional[Callable] = None) -> Tuple[np.ndarray, str]:
+    """As decode_whole(), but pixels outside a box may be anything: (y, x, height, width), which
+    choose_box(height, width) returns. The last call, of one or two, has the size of the image."""
+    image = decode_box(encoded, choose_box) if choose_box else None
+    if image is not None:
+        return image, ''
+    image, warning = decode_whole(encoded)
+    if choose_box:
+        choose_box(*image.shape[:2])
+    return image, warning
+
+
+def decode_box(encoded: bytes, choose_box: Callable) -> Optional[np.ndarray]:
+    """An image of which a box is decoded, or None if this is no JPEG for jpeg.cc."""
+    library, size = load_library(), (ctypes.c_int32 * 2)()
+    if not library.open_jpeg(encoded, len(encoded), size):
+        return None
+    image = np.empty((*size, 3), np.uint8)
+    return image if library.decode_box(image.ctypes.data, *choose_box(*size)) else None
+
+
+@functools.lru_cache(maxsize=None)
+def load_library():
+    """The functions of jpeg.cc."""
+    try:
+        library = ctypes.CDLL(LIBRARY)
+        library.open_jpeg.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
+        library.decode_box.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 4
+    except (OSError, AttributeError) as error:
+        raise UserError(f'jpeg.cc is not built for this machine, run make env: {error}')
+    return library
+
+
+def decode_whole(encoded: bytes) -> Tuple[np.ndarray, str]:
     """Returns (uint8 BGR [height, width, 3], what a library warns of or ''), turned as its EXIF
     says, of an animation the first frame; or raises Unreadable or MemoryError.
 

@@ -40,6 +40,7 @@ import signal
 import threading
 
 import data
+import decoder
 import image_lists
 import subset
 import views
@@ -186,6 +187,7 @@ class Server:
         listed, args, task = self._loop.create_future(), self._args, data.TASKS[self._args.task]
         if task.num_views > 1:
             views.load_kernels()
+        decoder.load_library()
 
         def run():
             try:

@@ -20,17 +20,18 @@ ORDERS = list(itertools.permutations(range(4)))
 
 
 # ---- views
-# image: uint8 [height, width, 3], left as it is; out: uint8 [S, S, 3], contiguous, filled in place.
+# image: uint8 [height, width, 3], left as it is; box: a part of it, (y, x, height, width), outside
+# of which pixels do not matter; out: uint8 [S, S, 3], contiguous, filled in place.
 
-def random_resized_crop(image, out, rng, area):
-    """Fill `out` with a random box of the image, resized bilinearly."""
-    y, x, h, w = sample_crop(rng, *image.shape[:2], area)
+def resized_crop(image, box, out):
+    """Fill `out` with a box of the image, resized bilinearly."""
+    y, x, h, w = box
     cv2.resize(image[y:y + h, x:x + w], out.shape[1::-1], out, interpolation=cv2.INTER_LINEAR)
 
 
-def moco_v1_view(image, out, rng, area=(0.2, 1)):
+def moco_v1_view(image, box, out, rng):
     """Fill `out` with a view of MoCo v1."""
-    random_resized_crop(image, out, rng, area)
+    resized_crop(image, box, out)
     if rng.random() < 0.2:
         convert_to_gray(out)
     jitter(out, sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4))
@@ -38,9 +39,9 @@ def moco_v1_view(image, out, rng, area=(0.2, 1)):
         flip(out)
 
 
-def moco_v2_view(image, out, rng, area=(0.2, 1)):
+def moco_v2_view(image, box, out, rng):
     """Fill `out` with a view of MoCo v2."""
-    random_resized_crop(image, out, rng, area)
+    resized_crop(image, box, out)
     steps = []
     if rng.random() < 0.8:
         steps += sample_jitter(rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
@@ -54,27 +55,57 @@ def moco_v2_view(image, out, rng, area=(0.2, 1)):
         flip(out)
 
 
-def linear_train_view(image, out, rng, area=(0.08, 1)):
+def linear_train_view(image, box, out, rng):
     """Fill `out` with a training view of linear classification."""
-    random_resized_crop(image, out, rng, area)
+    resized_crop(image, box, out)
     if rng.random() < 0.5:
         flip(out)
 
 
-def center_crop_view(image, out, rng=None, area=None):
+def center_crop_view(image, box, out, rng=None):
     """Fill `out` with a validation view: shortest edge to 256/224 of the size, then the centre. An
-    image that has the size already (CIFAR's at 32) is taken whole."""
+    image that has the size already (CIFAR's at 32) is taken whole. Its box is center_box()."""
     if image.shape == out.shape:
         out[:] = image
         return
-    size, short = out.shape[0], min(image.shape[:2])
-    # only the centre is wanted: do not resize (at 20,000 x 10, to 350 MB) what is far outside
-    top, left = (max(0, (edge - 4 * short) // 2) for edge in image.shape[:2])
-    image = image[top:, left:][:4 * short, :4 * short]
-    scale = round(size * 256 / 224) / short
-    h, w = (int(scale * edge + 0.5) for edge in image.shape[:2])
-    y, x = (h - size) // 2, (w - size) // 2
-    out[:] = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)[y:y + size, x:x + size]
+    size = out.shape[0]
+    (top, h, new_h, y), (left, w, new_w, x) = center(*image.shape[:2], size)
+    image = cv2.resize(image[top:top + h, left:left + w], (new_w, new_h),
+                       interpolation=cv2.INTER_LINEAR)
+    out[:] = image[y:y + size, x:x + size]
+
+
+def center(height, width, size):
+    """Of both edges of an image, for center_crop_view(): where the part begins that is resized, its
+    length, the length that it gets, and where in that the view begins."""
+    short = min(height, width)
+    for edge in (height, width):
+        # only the centre is wanted: do not resize (at 20,000 x 10, to 350 MB) what is far outside
+        begin, length = max(0, (edge - 4 * short) // 2), min(edge, 4 * short)
+        resized = int(round(size * 256 / 224) / short * length + 0.5)
+        yield begin, length, resized, (resized - size) // 2
+
+
+def center_box(height, width, size):
+    """The box of an image that matters to center_crop_view(), for a view of this size."""
+    if (height, width) == (size, size):
+        return 0, 0, height, width
+    edges = []
+    for begin, length, resized, view in center(height, width, size):
+        # pixel i of the resized edge is at (i + 1/2) length / resized - 1/2: between two that are
+        # read; and one more on each side, for rounding
+        first, last = ((i + 0.5) * length / resized - 0.5 for i in (view, view + size - 1))
+        first, last = max(0, int(first) - 1), min(length, int(last) + 3)
+        edges.append((begin + first, last - first))
+    (y, h), (x, w) = edges
+    return y, x, h, w
+
+
+def union(boxes):
+    """The least box around boxes."""
+    y, x, h, w = zip(*boxes)
+    top, left = min(y), min(x)
+    return top, left, max(map(sum, zip(y, h))) - top, max(map(sum, zip(x, w))) - left
 
 
 # ---- sampled parameters

@@ -153,8 +153,8 @@ def main(argv, args) -> int:
     if not args.fake:
         decoding = time_decoding(
             image_lists.list_images(args.data, args.split, data.TASKS[args.task].labelled))
-        print(f'decoding alone takes {1000 * decoding:.3f} ms per image: '
-              f'at most {num_cores / decoding:.0f} images/s')
+        print(f'decoding whole images takes {1000 * decoding:.3f} ms each: '
+              f'{num_cores / decoding:.0f} images/s')
     print(f'this feeds {rate / num_ranks:.0f} images/s to each of {num_ranks} rank(s); a pass over '
           f'{facts["images"]} images takes {facts["images"] / rate / 60:.1f} min')
     return 0

@@ -54,9 +54,9 @@ class Notebook(MOCOModel):
         return tf.train.MomentumOptimizer(self.lr, 0.9)
 
 
-def notebook_view(image, out, rng, area):
+def notebook_view(image, box, out, rng):
     """Fill `out` with a view of the notebook: crop, flip, colour jitter, grayscale; no blur."""
-    views.random_resized_crop(image, out, rng, area)
+    views.resized_crop(image, box, out)
     if rng.random() < 0.5:
         views.flip(out)
     if rng.random() < 0.8:

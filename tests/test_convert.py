@@ -115,7 +115,7 @@ def make_run(path, recipe, depth, stem):
 def make_picture():
     """A photograph as validation sees it: uint8 [1, 224, 224, 3], BGR."""
     picture = np.empty([1, 224, 224, 3], np.uint8)
-    views.center_crop_view(read_image(PHOTO), picture[0])
+    views.center_crop_view(read_image(PHOTO), None, picture[0])
     return picture
 
 

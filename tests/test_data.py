@@ -1,4 +1,5 @@
 """data.py: the plan, which image goes where, and batches that follow from it."""
+import itertools
 import random
 
 import cv2
@@ -9,7 +10,7 @@ import data
 import decoder
 import image_lists
 import views
-from images import read_image, write_image
+from images import PHOTO, read_image, write_image
 
 
 # ----------------------------------------------------------------------------------------- plan
@@ -102,6 +103,43 @@ def test_an_image_is_cropped_anew_in_every_epoch(folder):
     assert [len(seen[index]) for index in range(9)] == [4] * 9
 
 
+@pytest.mark.parametrize('task', ['moco-v1', 'moco-v2', 'linear', 'embed'])
+def test_parts_of_images_are_enough(tmp_path, task, monkeypatch):
+    """And it does not matter whether a worker has met those before that cannot be read. They are of
+    other sizes than the next, which takes their place, and broken in the middle."""
+    images = tmp_path / 'train'
+    images.mkdir()
+    photo = cv2.imread(PHOTO)
+    for i, size in enumerate([(500, 375), (90, 300), (300, 90), (120, 121)]):
+        content = cv2.imencode('.jpg', cv2.resize(photo, size))[1].tobytes()
+        if i in (1, 2):
+            content = content[:len(content) // 2] + b'\xff\xd9'
+        (images / '{}.jpg'.format(i)).write_bytes(content)
+    (images / '4.png').write_bytes(cv2.imencode('.png', photo)[1].tobytes())
+
+    unreadable, steps = [], [0] if task == 'embed' else [0, 1]
+    files = image_lists.list_images(str(tmp_path), 'train')._replace(labels=np.arange(5))
+
+    def make():
+        reader = decoder.ImageReader(files, lambda index, *_: unreadable.append(index))
+        return data.Batches(data.TASKS[task], reader, 0, 1, 5, 32)
+
+    def fill(batches, step):
+        arrays = [np.full(shape, 77, dtype) for shape, dtype in batches.specs(step)]
+        batches.fill(step, arrays)
+        return arrays
+
+    batches = make()
+    first = [fill(batches, step) for step in steps]
+    assert sorted(unreadable) == [1, 2]
+    again = [fill(batches, step) for step in steps]
+    monkeypatch.setattr(decoder, 'decode_box', lambda *_: None)
+    whole = [fill(make(), step) for step in steps]
+    for arrays in zip(itertools.chain(*first), itertools.chain(*again), itertools.chain(*whole)):
+        np.testing.assert_array_equal(arrays[0], arrays[1])
+        np.testing.assert_array_equal(arrays[0], arrays[2])
+
+
 def test_seeds_of_images_give_different_numbers():
     rng, seen = random.Random(), set()
     for seed in range(6):
@@ -119,5 +157,5 @@ def test_eval_batches(folder):
     images, labels = fill(folder, 'eval', step=1, rank=1, batch=3)
     assert images.shape == (1, 16, 16, 3) and labels.tolist() == [2]
     expected = np.zeros((16, 16, 3), np.uint8)
-    views.center_crop_view(read_image(image_lists.list_images(folder).files[7]), expected)
+    views.center_crop_view(read_image(image_lists.list_images(folder).files[7]), None, expected)
     np.testing.assert_array_equal(images[0], expected)

@@ -156,17 +156,23 @@ def note_views(monkeypatch, change_pixels):
     Args:
         change_pixels: whether views are made; else their parameters are drawn only.
     """
-    noted = []
-    sample_crop = views.sample_crop
+    noted, begun = [], []  # all boxes of an image are drawn before its views are made
+    sample_crop, resized_crop = views.sample_crop, views.resized_crop
 
     def note_crop(*args):
         noted.append(View(sample_crop(*args)))
         return noted[-1].box
 
+    def begin_view(image, box, out):
+        begun.append(noted[len(begun)])
+        assert begun[-1].box == box
+        if change_pixels:
+            resized_crop(image, box, out)
+
     def note_step(letter, function):
         def step(image, *value):
-            noted[-1].letters += letter
-            noted[-1].values[letter] = value
+            begun[-1].letters += letter
+            begun[-1].values[letter] = value
             if change_pixels:
                 function(image, *value)
         return step
@@ -180,18 +186,17 @@ def note_views(monkeypatch, change_pixels):
     jitter = views.jitter
     monkeypatch.setattr(views, 'jitter', note_jitter)
     monkeypatch.setattr(views, 'sample_crop', note_crop)
+    monkeypatch.setattr(views, 'resized_crop', begin_view)
     for name, letter in [('convert_to_gray', 'G'), ('blur', 'B'), ('flip', 'F')]:
         monkeypatch.setattr(views, name, note_step(letter, getattr(views, name)))
-    if not change_pixels:
-        monkeypatch.setattr(views, 'random_resized_crop', lambda image, out, rng, area:
-                            views.sample_crop(rng, image.shape[0], image.shape[1], area))
     return noted
 
 
 def create_batches(task, image, num_images, batch, size=224, rank=0, ranks=1):
     """Batches of data.py, every file of which holds this image."""
     images = ImageList(range(num_images), np.zeros(num_images, np.int32), None)
-    reader = types.SimpleNamespace(images=images, read=lambda index: (index, image))
+    reader = types.SimpleNamespace(images=images, read=lambda index, choose_box: (
+        choose_box(*image.shape[:2]) and (index, image)))
     return data.Batches(data.TASKS[task], reader, rank, ranks, batch, size, 0, AREAS[task])
 
 
@@ -256,11 +261,10 @@ def test_whole_views_against_the_published_steps(pictures, monkeypatch, task):
 
 @pytest.mark.parametrize('box', [(0, 0, 375, 500), (3, 7, 120, 140), (17, 40, 224, 224),
                                  (100, 99, 275, 401), (200, 300, 1, 30)])
-def test_crops_are_resized_without_antialiasing(pictures, monkeypatch, box):
+def test_crops_are_resized_without_antialiasing(pictures, box):
     image = pictures['photo']
-    monkeypatch.setattr(views, 'sample_crop', lambda *_: box)
     got = np.empty((224, 224, 3), np.uint8)
-    views.random_resized_crop(image, got, random.Random(0), (0.2, 1))
+    views.resized_crop(image, box, got)
     # what tensorpack does with this box: OpenCV's bilinear resize of the decoded image's slice
     y, x, h, w = box
     theirs = CropTransform(y, x, h, w).apply_image(image)
@@ -273,7 +277,7 @@ def test_crops_are_resized_without_antialiasing(pictures, monkeypatch, box):
 
 def validation_view(image):
     got = np.empty((224, 224, 3), np.uint8)
-    views.center_crop_view(image, got)
+    views.center_crop_view(image, None, got)
     return got
 
 

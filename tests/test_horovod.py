@@ -136,7 +136,7 @@ def classify(checkpoint, images):
     val = list_images(images, 'val', labelled=True)
     batch = np.zeros([len(val.files), 16, 16, 3], np.uint8)
     for image, path in zip(batch, (val.files[i] for i in range(len(val.files)))):
-        views.center_crop_view(read_image(path), image)
+        views.center_crop_view(read_image(path), None, image)
     with tf.Graph().as_default(), tf.Session() as sess:
         features = resnet.ResNet(18, 8, '3x3s2')(tf.constant(batch), training=False)
         logits = resnet.fully_connected('linear', features, 3)

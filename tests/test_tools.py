@@ -541,7 +541,7 @@ case "$1 $2" in
 esac
 """
 FAKE_MAKE = """
-if [ "$1" = build/augment.so ]; then mkdir -p build; touch build/augment.so; exit; fi
+case "$1" in build/*) mkdir -p build; touch "$@"; exit ;; esac
 eval "python=${3#PYTHON=}"
 echo "op $(basename "$(dirname "$(dirname "$python")")")" >> "$CALLS"
 version=$(sed -n 's/^[a-z-]*tensorflow[^=]*==//p' "$(dirname "$python")/../requirements")
@@ -603,7 +603,8 @@ class Clone:
         for name in ("requirements.txt", "requirements-cpu.txt", "requirements-tf2.txt",
                      "Makefile", "tools/make_env.sh", "tools/find_system.sh",
                      "tools/build_horovod.sh", "tools/check_env.py", "tools/quiet_tensorflow.py",
-                     "tools/horovod", "augment.cc", "zmq_ops"):
+                     "tools/horovod", "augment.cc", "jpeg.cc",
+                     "zmq_ops"):
             copy = shutil.copytree if name in ("zmq_ops", "tools/horovod") else shutil.copy
             copy(os.path.join(ROOT, name), str(self.path / name))
         shutil.rmtree(str(self.path / "zmq_ops" / "build"), ignore_errors=True)
@@ -1064,6 +1065,15 @@ def test_debians_python_is_completed(tmp_path):
     assert calls == ["apt-get update -q", "apt-get install -q -y --no-install-recommends "
                      "python3.12-venv python3.12-dev"] + TF2_CPU
     assert "installing python3.12-venv python3.12-dev with apt-get" in output
+
+
+def test_a_library_that_is_missing_is_installed(tmp_path):
+    clone = Clone(tmp_path, ["3.12"], False)
+    fake_command(clone.bin / "apt-get", FAKE_APT_GET)
+    compiler = fake_command(clone.bin / "c++", '[ -f "$CALLS.apt" ] || ! grep -q jpeglib "$3"')
+    output, calls = clone.make_env(CXX=compiler)
+    assert [call for call in calls if "apt-get" in call] == [
+        "apt-get update -q", "apt-get install -q -y --no-install-recommends libjpeg-dev"]
 
 
 @pytest.mark.parametrize("settings, hanging, left", [

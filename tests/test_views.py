@@ -266,7 +266,7 @@ def photo():
 def draw(view, image, numbers, size=32):
     out = np.full((size, size, 3), 99, np.uint8)
     rng = Script(*numbers)
-    view(image, out, rng, (1, 1))
+    view(image, views.sample_crop(rng, *image.shape[:2], (1, 1)), out, rng)
     assert not rng.numbers  # as many as expected were drawn
     return out
 
@@ -316,30 +316,51 @@ def test_linear_views(photo):
     image = np.zeros((512, 768, 3), np.uint8)
     image[32:480, 160:608] = 255
     out = np.zeros((224, 224, 3), np.uint8)
-    views.center_crop_view(image, out)
+    views.center_crop_view(image, None, out)
     assert (out == 255).all()
     # an image of the size asked for is taken whole
     small = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
     out = np.zeros_like(small)
-    views.center_crop_view(small, out)
+    views.center_crop_view(small, None, out)
     np.testing.assert_array_equal(out, small)
     out = np.zeros((224, 224, 3), np.uint8)
     # one more row or column would show
     image[:34] = image[478:] = 0
     image[:, :162] = image[:, 606:] = 0
-    views.center_crop_view(image, out)
+    views.center_crop_view(image, None, out)
     assert (out[1:-1, 1:-1] == 255).all()
     assert not out[0].any() and not out[-1].any() and not out[:, 0].any() and not out[:, -1].any()
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (10, 20000), (2000, 3), (500, 375), (448, 512),
+                                   (333, 500), (1200, 701), (32, 32), (224, 224)])
+@pytest.mark.parametrize('size', [1, 32, 224])
+def test_the_centre_is_all_that_its_view_reads(shape, size):
+    image = np.random.RandomState(0).randint(0, 256, shape + (3,)).astype(np.uint8)
+    y, x, h, w = views.center_box(*shape, size)
+    other = 255 - image
+    other[y:y + h, x:x + w] = image[y:y + h, x:x + w]
+    expected, got = np.zeros((2, size, size, 3), np.uint8)
+    views.center_crop_view(image, None, expected)
+    views.center_crop_view(other, None, got)
+    np.testing.assert_array_equal(got, expected)
+    # 224 / 256 of the shortest edge, and some for the neighbours
+    assert shape[0] == size or max(h, w) <= 0.875 * min(shape) + 5
+
+
+def test_union():
+    assert views.union([(3, 4, 10, 20)]) == (3, 4, 10, 20)
+    assert views.union([(3, 4, 10, 20), (0, 9, 2, 30)]) == (0, 4, 13, 35)
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (10, 20000), (2000, 3), (500, 375)])
 def test_views_of_odd_images(shape):
     image = np.full(shape + (3,), 50, np.uint8)
     out = np.zeros((32, 32, 3), np.uint8)
-    views.center_crop_view(image, out)
+    views.center_crop_view(image, None, out)
     assert (out == 50).all()
     rng = random.Random(0)
     for view in (views.moco_v1_view, views.moco_v2_view, views.linear_train_view):
         out[:] = 0
-        view(image, out, rng)
+        view(image, views.sample_crop(rng, *shape, (0.2, 1)), out, rng)
         assert out.min() > 0

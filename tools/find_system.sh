@@ -101,10 +101,19 @@ compiles() {  # compiles SOURCE FLAGS...
     ${CXX:-g++} -o "$scratch/a" "$scratch/a.cc" "${@:2}" > "$scratch/out" 2>&1
 }
 has_compiler() { compiles 'int main() { return 0; }'; }
-has_zmq() {
+compiles_with() {  # compiles_with LIBRARY SOURCE
     local flags
-    read -ra flags < <(pkg-config --cflags --libs libzmq 2> /dev/null || echo -lzmq)
-    compiles $'#include <zmq.h>\nint main() { return zmq_errno(); }' "${flags[@]}"
+    read -ra flags < <(pkg-config --cflags --libs "lib$1" 2> /dev/null || echo "-l$1")
+    compiles "$2" "${flags[@]}"
+}
+has_zmq() { compiles_with zmq $'#include <zmq.h>\nint main() { return zmq_errno(); }'; }
+has_jpeg() {  # libjpeg-turbo; before 1.5.3, there were bugs in what decodes a part
+    compiles_with jpeg '#include <stdio.h>
+        #include <jpeglib.h>
+        #if LIBJPEG_TURBO_VERSION_NUMBER < 1005003
+        #error libjpeg-turbo is older than 1.5.3, or this is another libjpeg
+        #endif
+        int main() { return !jpeg_crop_scanline; }'
 }
 has_make() { command -v make > /dev/null; }
 has_patch() { command -v patch > /dev/null; }
@@ -133,10 +142,13 @@ get_system_packages() {
     has_make || packages+=(make)
     has_patch || packages+=(patch)
     has_zmq || packages+=(libzmq3-dev pkg-config)
+    has_jpeg || packages+=(libjpeg-dev)
     if ((${#packages[@]} == 0)); then return; fi
     install_system_packages "${packages[@]}"
     has_compiler || fail "${CXX:-g++} does not compile; all output is in $log"
     has_zmq || fail "zmq.h does not compile, though libzmq3-dev is installed; all output is in $log"
+    has_jpeg || fail "jpeglib.h does not compile, or not as that of libjpeg-turbo 1.5.3 or newer," \
+        "though libjpeg-dev is installed; all output is in $log"
 }
 
 need_disk() {

@@ -77,16 +77,18 @@ keys() {
     key_base=$(hash_of "$venv" "$tensorflow" "$build_tools")
     key_packages=$(hash_of "$key_base" "$(pins "$1" | grep -v '^horovod==')")
     key_horovod=$(hash_of "$key_base" "$horovod" "$horovod_digest" "$(cat tools/horovod/*.patch)")
-    key_op=$(hash_of "$key_base" "$(find augment.cc zmq_ops -name build -prune -o -type f \
+    key_op=$(hash_of "$key_base" "$(find augment.cc jpeg.cc zmq_ops -name build -prune -o -type f \
         \( -name Makefile -o -name '*.cc' -o -name '*.h' \) -print \
         | LC_ALL=C sort | xargs -r -d '\n' cat | sha256sum)")
     key_check=$(hash_of "$key_packages" "$key_horovod" "$key_op" \
         "$(cat tools/quiet_tensorflow.py tools/check_env.py)")
 }
 
+compiled() { [[ -f $op && -f build/augment.so && -f build/jpeg.so ]]; }
+
 complete() {
     stamped packages "$key_packages" && stamped horovod "$key_horovod" &&
-        stamped op "$key_op" && [[ -f $op && -f build/augment.so ]] &&
+        stamped op "$key_op" && compiled &&
         stamped check "$key_check" && "$venv/bin/python" -c ''
 }
 
@@ -287,10 +289,10 @@ install_packages() {
 }
 
 build_op() {
-    begin op '[4/5] compiling the pull op, zmq_ops/, and augment.cc (about 20 s)'
+    begin op '[4/5] compiling the pull op, zmq_ops/, augment.cc and jpeg.cc (about 20 s)'
     run make -C zmq_ops PYTHON="$(printf %q "$venv/bin/python")"
-    run make build/augment.so
-    [[ -f $op && -f build/augment.so ]] || fail "this made no $op; all output is in $log"
+    run make build/augment.so build/jpeg.so
+    compiled || fail "this made no $op; all output is in $log"
 }
 
 final_check() {
@@ -357,7 +359,7 @@ main() {
     fi
     write_build
     if ! stamped horovod "$key_horovod"; then install_horovod; stamp horovod "$key_horovod"; fi
-    if ! stamped op "$key_op" || [[ ! -f $op || ! -f build/augment.so ]]; then
+    if ! stamped op "$key_op" || ! compiled; then
         get_system_packages
         build_op
         stamp op "$key_op"
