@@ -14,19 +14,20 @@ import data
 import decoder
 import zmq_ops
 from errors import UserError, enumerate_some, printable
+from image_cache import ImageCache
 from job import signals
 
 # memory is bounded: the batch that a worker makes and those that its trainer has not read yet
 BATCHES_PER_WORKER = 4
 
 
-def run_worker(args, images, rank: int, number: int, count: int, report) -> None:
+def run_worker(args, images, rank: int, number: int, count: int, report, cache) -> None:
     """Push the batches number, number + count, ... of a rank, from args.start_batch on; never
-    returns. `images` and `report` are for decoder.ImageReader."""
+    returns. `images`, `report` and `cache` are for decoder.ImageReader."""
     decoder.set_up_process()
     batches = (data.FakeBatches if args.fake else data.Batches)(
-        data.TASKS[args.task], decoder.ImageReader(images, report), rank, args.size, args.batch,
-        args.image_size, args.seed, args.crop_area)
+        data.TASKS[args.task], decoder.ImageReader(images, report, cache), rank, args.size,
+        args.batch, args.image_size, args.seed, args.crop_area)
     first = args.start_batch + number
     steps = (itertools.count(first, count) if batches.num_batches is None else
              range(first, data.num_turns(batches.num_batches, count), count))
@@ -67,6 +68,7 @@ class Workers:
     def start(self, images, remove_folder: Callable[[], None]) -> None:
         """Fork them; a worker whose server is gone calls remove_folder."""
         self._images, fork = images, multiprocessing.get_context('fork')
+        self._cache = self._make_cache() if self._args.cache and not self._args.fake else None
         alive, self._alive = os.pipe()  # by whose end workers see that of this process
         for name in self.names:
             connection, report = fork.Pipe(duplex=False)
@@ -93,13 +95,19 @@ class Workers:
         threading.Thread(target=wait_for_end, daemon=True).start()
         try:
             run_worker(self._args, self._images, *name, self.per_rank,
-                       lambda *image: report.send(image))
+                       lambda *image: report.send(image), self._cache)
         except UserError as error:
             report.send(str(error))
             sys.exit(1)
         except Exception as error:
             report.send(f'{type(error).__name__}: {error}'[:500])
             raise
+
+    def _make_cache(self):
+        total = len(self._images.files)
+        return ImageCache(total, int(self._args.cache * 1e9), lambda count: say(
+            f'serve-data: --cache {self._args.cache:g}: is full with {count} of {total} images; the '
+            'others are decoded in each epoch'))
 
     def read_report(self, connection) -> None:
         """What decoder.ImageReader reports, or why a worker has failed, or the end of one."""

@@ -21,10 +21,11 @@ LOST = re.compile('[Pp]remature end|instead of RST')
 class ImageReader:
     """Reads images of an image_lists.ImageList; in place of one that cannot be read, the next one
     in the list that can. `report` is called with the index of an image, a text, and whether it is
-    the reason why the image cannot be read or a warning about one that is used: once for each."""
+    the reason why the image cannot be read or a warning about one that is used: once for each.
+    `cache`: an image_cache.ImageCache, or None."""
 
-    def __init__(self, images, report: Callable[[int, str, bool], None]):
-        self.images, self._report, self._unreadable = images, report, set()
+    def __init__(self, images, report: Callable[[int, str, bool], None], cache=None):
+        self.images, self._report, self._cache, self._unreadable = images, report, cache, set()
         self._warned = bytearray(len(images.files))  # it may be all of them
 
     def read(self, index: int, choose_box: Optional[Callable] = None) -> Tuple[int, np.ndarray]:
@@ -34,7 +35,7 @@ class ImageReader:
         for _ in range(len(files)):
             if index not in self._unreadable:
                 try:
-                    image, warning = decode(files.read(index), choose_box)
+                    image, warning = self._decode(index, choose_box)
                     if warning and not self._warned[index]:
                         self._warned[index] = True
                         self._report(index, warning, False)
@@ -46,6 +47,18 @@ class ImageReader:
                 self._report(index, reason, True)
             index = (index + 1) % len(files)
         raise UserError(f'none of the {len(files)} images can be read')
+
+    def _decode(self, index, choose_box):
+        image, warning = self._cache and self._cache.get(index), ''
+        if image is None:
+            keep = self._cache and not self._cache.full
+            image, warning = decode(self.images.files.read(index), None if keep else choose_box)
+            if not keep:
+                return image, warning
+            self._cache.put(index, image)
+        if choose_box:
+            choose_box(*image.shape[:2])
+        return image, warning
 
 
 def decode(encoded: bytes, choose_box: Optional[Callable] = None) -> Tuple[np.ndarray, str]:

@@ -204,7 +204,7 @@ def main(args):
     folder = ranks.private_folder()
     server = DataServer(folder + '-train', {
         'task': 'linear', 'data': args.data, 'batch': batch_size, 'image-size': args.image_size,
-        'crop-area': args.crop_area, 'seed': args.seed,
+        'crop-area': args.crop_area, 'seed': args.seed, 'cache': args.cache,
         **({'labels': args.labels} if args.labels else {})}, args.workers, args.cpus)
     facts = server.start(start_batch=steps_done)
     steps_per_epoch, max_steps = runs.count_steps(args, facts['images'])

@@ -177,7 +177,7 @@ def main(args):
         server = DataServer(folder + '-train', {
             'task': 'moco-v2' if args.aug_plus else 'moco-v1', 'data': args.data,
             'batch': batch_size, 'image-size': args.image_size, 'crop-area': args.crop_area,
-            'seed': args.seed}, args.workers, args.cpus)
+            'seed': args.seed, 'cache': args.cache}, args.workers, args.cpus)
         num_images = server.start(start_batch=steps_done)['images']
     steps_per_epoch, max_steps = runs.count_steps(args, num_images)
 

@@ -72,6 +72,8 @@ def parse_args(argv=None):
         'as fractions of the image; default: 0.2 1 for moco, 0.08 1 for linear')
     add('--labels', type=subset.parse, metavar='SHARE', help='read a part of the labelled images '
         'only: 1%%, 10%% or 5-per-class')
+    add('--cache', type=float, default=0, metavar='GB', help='keep so many GB of decoded images in '
+        'memory (0)')
     add('--workers', type=int, default=cores.num_cores(), help='processes on this host, rounded up '
         'to the same number for each rank; default: as many as the cores that may be used')
     add('--seed', type=int, default=0, help='0 to 2**32 - 1')
@@ -101,6 +103,8 @@ def parse_args(argv=None):
             parser.error(f'--{flag.replace("_", "-")} must be at least {least}, got {value}')
     if args.crop_area and not 0 < args.crop_area[0] <= args.crop_area[1] <= 1:
         parser.error('--crop-area must be 0 < LO <= HI <= 1, got {} {}'.format(*args.crop_area))
+    if not 0 <= args.cache < float('inf'):
+        parser.error(f'--cache must not be negative, got {args.cache}')
     if not 0 <= args.seed < 2**32:
         parser.error(f'--seed must be 0 to 2**32 - 1, got {args.seed}')
     if args.labels and task.labelled is not True:

@@ -56,6 +56,8 @@ def add_training_flags(group, epochs: int, crop_area, lr: float, lr_help: str, d
     add('--weight-decay', type=float, default=decay, help=f'{decay_help} (default: {decay:g})')
     add('--crop-area', type=float, nargs=2, default=crop_area, metavar=('MIN', 'MAX'), help='share '
         'of the image that a crop covers (default: {:g} {:g})'.format(*crop_area))
+    add('--cache', type=float, default=0, metavar='GB', help='keep so many GB of decoded images in '
+        'the memory of each host, from the first epoch on (default: 0)')
     add('--grace', type=float, default=GRACE, metavar='SECONDS', help='after SIGTERM, for the step '
         f'that is under way and its checkpoint (default: {GRACE}: horovodrun kills after 5)')
     add('--seed', type=int, default=0,
@@ -73,7 +75,7 @@ def check(parser, args, *positive: str) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 < value < float('inf'):
             parser.error(f'--{name.replace("_", "-")} must be positive, not {value}')
-    for name in ('max_steps', 'lr', 'weight_decay', 'knn_every'):
+    for name in ('max_steps', 'lr', 'weight_decay', 'knn_every', 'cache'):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < float('inf'):
             parser.error(f'--{name.replace("_", "-")} must not be negative, not {value}')

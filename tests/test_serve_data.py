@@ -152,6 +152,10 @@ def test_stream_depends_on_neither_workers_nor_start(folder, start):
 
     resumed = start(*flags + ['--workers', 2, '--start-batch', 5])
     assert same(resumed.pull_stream(0, 2, 3), streams[0][5:])
+    # a cache for all images, and one for a part
+    for size in (1, 2e-6):
+        cached = start(*flags + ['--workers', 2, '--cache', size])
+        assert same(cached.pull_stream(0, 2, 8), streams[0])
 
 
 def test_no_two_views_are_the_same_whatever_the_workers(tmp_path, start):
