@@ -65,7 +65,7 @@ def main(args):
     fetch = stages.run('data', 'CIFAR-10 as class folders',
                        f'{PYTHON} tools/prepare_cifar10.py {q(data)}')
     knn_seconds = run_knn('pixels', 'kNN on raw pixels: what every network should beat',
-                          '--pixels --image-size 32')
+                          '--pixels --image-size 16')
     stages.run('random', 'A network with random weights',
                pretrain_command + q(paths['random']) + ' --max-steps 0', paths['random'])
     knn_seconds += run_knn('random', 'kNN on its features',
