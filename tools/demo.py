@@ -23,7 +23,7 @@ from tools.stages import Stages, read_json
 
 # 24 pixels: half the time of 32, and so twice the epochs
 NETWORK = '--depth 18 --width 32 --stem 3x3s2 --image-size 24'
-PRETRAIN = ('--v2 --epochs 6 --batch 128 --queue-size 4096 --momentum 0.99 --temp 0.07 --lr 0.12 '
+PRETRAIN = ('--v2 --epochs 8 --batch 128 --queue-size 4096 --momentum 0.99 --temp 0.07 --lr 0.06 '
             '--weight-decay 5e-4')
 LINEAR = '--epochs 3 --batch 256 --lr 0.1 --crop-area 0.5 1'
 # a stage done with one TensorFlow does not count for the other; Python tells which one runs, since
