@@ -2,7 +2,8 @@
 
     python tests/torch_crops.py < cases.json > boxes.json
 
-A case is [height, width, [low, high] of the area, count]; a result is [y, x, height, width] x count.
+A case is [height, width, [low, high] of the area, count]; a result has count lists of y, x, height,
+width.
 """
 import json
 import sys

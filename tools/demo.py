@@ -32,8 +32,8 @@ LOGDIR = os.path.join('train_log', 'demo' if sys.version_info < (3, 8) else 'dem
 PYTHON = 'python'
 LAUNCH = 'horovodrun -np 2 python'
 # seconds of the stages on 2 cores; those of the download say nothing about the cores
-TYPICAL = {'knn-pixels': 80, 'random': 13, 'knn-random': 38, 'pretrain': 631, 'knn-moco': 33,
-           'linear': 71, 'curves': 2, 'embed': 9, 'report': 3}
+TYPICAL = {'knn-pixels': 22, 'random': 11, 'knn-random': 31, 'pretrain': 700, 'knn-moco': 30,
+           'linear': 68, 'curves': 2, 'embed': 8, 'report': 2}
 
 
 def setup_seconds():
