@@ -8,8 +8,7 @@ Both decode an image once, with libjpeg-turbo: tensorpack all of it, by OpenCV, 
 it needs. They make its views of 224 pixels on one core, ours in a process that is set up as a data
 worker is. tensorpack's colour steps run in float32, as in its own ImageNet example, and in uint8,
 where each converts to float32 and back. In turns; printed are milliseconds of a core per image
-(medians of the rounds), and the median of the rounds' ratios. The claim is at least 2.5 times the
-images of MoCo.
+(medians of the rounds), and the median of the rounds' ratios.
 """
 import argparse
 import collections
