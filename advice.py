@@ -7,7 +7,7 @@ import numpy as np
 import decoder
 import image_lists
 
-IMAGENET = 1281167  # images
+FEW = 1281167 // 4  # images: a quarter of ImageNet's
 
 
 def list_doubts(args, num_images: int, steps_per_epoch: int, peak: float,
@@ -47,7 +47,7 @@ def propose(args, num_images: int, steps_per_epoch: int, side: float) -> Optiona
     million; 4096 of 50,000 in the authors' CIFAR-10 demo), and the key encoder averages over a
     fifth of an epoch (1 / (1 - 0.999) of 5004 steps; 1 / (1 - 0.99) of 390).
     """
-    if num_images > IMAGENET / 4:
+    if num_images > FEW:
         return None
     keys = args.batch
     while keys * 2 <= max(args.batch, num_images / 10):
@@ -78,7 +78,7 @@ def propose(args, num_images: int, steps_per_epoch: int, side: float) -> Optiona
 
 def find_side(root: str, num_images: int) -> float:
     """The median of the shorter sides of some images, in pixels; of many images, infinity."""
-    if num_images > IMAGENET / 4:
+    if num_images > FEW:
         return float('inf')
     files = image_lists.list_images(root).files
     sides = []

@@ -53,10 +53,8 @@ def shrink(encoded: bytes, max_side: int, quality: int):
     return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
-def write_tar(path, members, files, convert):
-    """Write the images of (name in the tar file, index), and their class numbers if any."""
-    numbers = tar_files.find_class_numbers(files)
-
+def write_tar(path, members, files, numbers, convert):
+    """Write the images of (name in the tar file, index), and their class numbers, or None."""
     def add(name, content):
         member = tarfile.TarInfo(name)
         member.size = len(content)
@@ -106,10 +104,9 @@ def pack(root, out, convert, how: str):
     lists, val = [list_images(root)], os.path.join(root, 'val')
     if lists[0].files.root != root and (os.path.exists(val) or os.path.exists(val + '.tar')):
         lists.append(list_images(root, 'val'))
-    numbered = [images._replace(labels=tar_files.find_class_numbers(images.files))
-                for images in lists]
-    open_folder(out, ' '.join([how] + list(map(digest_images, numbered))))
-    for files, _, _, notes in lists:
+    lists = [images._replace(labels=tar_files.find_class_numbers(images.files)) for images in lists]
+    open_folder(out, ' '.join([how] + list(map(digest_images, lists))))
+    for files, numbers, _, notes in lists:
         for note in notes:
             print(note, file=sys.stderr)
         split, names = os.path.relpath(files.root, root), list(files.names())
@@ -120,7 +117,7 @@ def pack(root, out, convert, how: str):
             path = os.path.join(out, '' if flat else split, folder) + '.tar'
             os.makedirs(os.path.dirname(path), exist_ok=True)
             if not os.path.exists(path):
-                write_tar(path, own, files, convert)
+                write_tar(path, own, files, numbers, convert)
     for folder, name in itertools.product(('', 'val'), labels.LISTS):
         source = os.path.join(root, folder, name)
         path = os.path.join(out, folder if os.path.isdir(os.path.join(out, folder)) else '', name)
