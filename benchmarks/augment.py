@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""From a JPEG to the views of MoCo, v1 and v2, and of linear training: this project against the same
-by tensorpack's augmentors.
+"""From a JPEG to the views of MoCo, v1 and v2, and of linear training: this project against the
+same by tensorpack's augmentors.
 
     python benchmarks/augment.py --data /path/to/imagenet    # 200 images; a minute
 
