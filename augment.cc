@@ -1,5 +1,6 @@
-// What views.py does to colours, and blur, in place, on uint8 BGR pixels. Each loop is written so
-// that the compiler turns it into instructions for 8 to 32 pixels or bytes at a time.
+// What views.py does to uint8 BGR pixels: it resizes a box, and changes colours and blurs in place.
+// Each loop is written so that the compiler turns it into instructions for 8 to 32 pixels or bytes at
+// a time.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,12 +11,111 @@
 
 namespace {
 
+using Int = int16_t;
+using Word = uint16_t;
+
 template <class T>
 std::unique_ptr<T[]> Allocate(int64_t count) {  // and leave it as it is
   return std::unique_ptr<T[]>(new T[count]);
 }
 
+// The upper half of a product.
+inline Int High(Int a, Int b) { return (static_cast<int32_t>(a) * b) >> 16; }
+inline Word High(Word a, Word b) { return (static_cast<uint32_t>(a) * b) >> 16; }
+
 }  // namespace
+
+// ---------------------------------------------------------------------------------------- resize
+// OpenCV's bilinear resize, to the bit: weights are 2048ths, and a pixel between two columns is
+// kept in 128ths.
+
+namespace {
+
+constexpr Int kWhole = 2048;
+
+// Where a pixel of the result lies between two of an edge: behind `at` by `part` of 2048.
+struct Place {
+  int64_t at;
+  Int part;
+
+  Place(int64_t i, int64_t length, int64_t size) {
+    const double scale = 1 / (static_cast<double>(size) / length);
+    const float place = (i + 0.5) * scale - 0.5;
+    at = std::floor(place);
+    part = std::lrint((place - at) * kWhole);
+  }
+};
+
+// Interpolates between columns: l (2048 - part) + r part = 1024 (l + r) + (part - 1024) (r - l).
+VECTORIZED void Across(const uint8_t* left, const uint8_t* right, const Int* parts, int64_t count,
+                       Int* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Int l = left[i], r = right[i];
+    out[i] = 64 * (l + r) + High(static_cast<Int>(128 * (r - l)), parts[i]);
+  }
+}
+
+// Interpolates between rows.
+VECTORIZED void Down(const Int* top, const Int* bottom, Int part, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Int quarters = High(top[i], static_cast<Int>(kWhole - part)) + High(bottom[i], part);
+    out[i] = (quarters + 2) >> 2;
+  }
+}
+
+}  // namespace
+
+// Resizes a box, whose rows begin `stride` bytes apart, to `size` rows and columns.
+extern "C" void resize(const uint8_t* box, int64_t stride, int64_t height, int64_t width,
+                       uint8_t* out, int64_t size) {
+  const int64_t row = 3 * size;
+  const auto numbers = Allocate<Int>(3 * row);
+  Int *const parts = &numbers[0], *top = parts + row, *bottom = top + row;
+  const auto offsets = Allocate<int64_t>(size + 1);
+  offsets[size] = 0;  // columns are taken in pairs
+  for (int64_t x = 0; x < size; ++x) {
+    Place place(x, width, size);
+    if (place.at < 0) place.at = place.part = 0;
+    if (place.part == kWhole) ++place.at, place.part = 0;
+    if (place.at >= width - 1) place.at = width - 1, place.part = 0;
+    offsets[x] = 3 * place.at;
+    for (int c = 0; c < 3; ++c) parts[3 * x + c] = 32 * (place.part - 1024);
+  }
+
+  // Of each column, the pixel that it begins with and the next one, which for the last column does
+  // not count. Eight bytes are read and written, where six or three matter.
+  const auto bytes = Allocate<uint8_t>(2 * row + 12 + 3 * width + 5);
+  uint8_t *const left = &bytes[0], *const right = left + row + 6, *const last = right + row + 6;
+  const auto read = [&](int64_t y, Int* to) {
+    const uint8_t* from = box + y * stride;
+    if (y == height - 1 || width == 1) {  // its last 8 bytes may not be there
+      std::memcpy(last, from, 3 * width);
+      from = last;
+    }
+    constexpr uint64_t kPixel = 0xffffff;
+    for (int64_t x = 0; x < size; x += 2) {
+      uint64_t u, v;
+      std::memcpy(&u, from + offsets[x], 8);
+      std::memcpy(&v, from + offsets[x + 1], 8);
+      const uint64_t l = (u & kPixel) | (v & kPixel) << 24;
+      const uint64_t r = (u >> 24 & kPixel) | (v & kPixel << 24);
+      std::memcpy(left + 3 * x, &l, 8);
+      std::memcpy(right + 3 * x, &r, 8);
+    }
+    Across(left, right, parts, row, to);
+  };
+
+  int64_t top_y = -1, bottom_y = -1;  // what `top` and `bottom` are of
+  for (int64_t y = 0; y < size; ++y) {
+    const Place place(y, height, size);
+    const int64_t first = std::max<int64_t>(place.at, 0);
+    const int64_t second = std::min(place.at + 1, height - 1);
+    if (first == bottom_y) std::swap(top, bottom), std::swap(top_y, bottom_y);
+    if (first != top_y) read(top_y = first, top);
+    if (second != bottom_y) read(bottom_y = second, bottom);
+    Down(top, bottom, place.part, row, out + y * row);
+  }
+}
 
 // ---------------------------------------------------------------------------------------- colours
 // The published weights saw colours that were float32 until the last step, and cut off to uint8
@@ -24,18 +124,11 @@ std::unique_ptr<T[]> Allocate(int64_t count) {  // and leave it as it is
 
 namespace {
 
-using Int = int16_t;
-using Word = uint16_t;
-
 constexpr Int kOne = 16, kWhite = 255 * kOne;
 
 inline Int Min(Int a, Int b) { return a < b ? a : b; }
 inline Int Max(Int a, Int b) { return a > b ? a : b; }
 inline Int Clip(Int v) { return Min(Max(v, 0), kWhite); }
-
-// The upper half of a product.
-inline Int High(Int a, Int b) { return (static_cast<int32_t>(a) * b) >> 16; }
-inline Word High(Word a, Word b) { return (static_cast<uint32_t>(a) * b) >> 16; }
 
 // 0.114 b + 0.587 g + 0.299 r, of ITU-R 601: three products in 128ths, each rounded down.
 inline Int Luma(Int b, Int g, Int r) {
@@ -52,8 +145,8 @@ struct Move {
   explicit Move(double factor) : part(std::min(std::lrint(32768 * (factor - 1)), 32767L)) {}
 
   Int operator()(Int v, Int origin) const {
-    const Int quarters = High(static_cast<Int>(8 * (v - origin)), part);
-    return Clip(v + ((quarters + 2) >> 2));
+    const Int distance = v - origin;
+    return Clip(v + (((distance * part >> 14) + 1) >> 1));  // one instruction, and rounded
   }
 };
 
@@ -68,9 +161,9 @@ VECTORIZED void Split(const uint8_t* pixels, int64_t count, Int* blue, Int* gree
 VECTORIZED void Merge(const Int* blue, const Int* green, const Int* red, int64_t count,
                       uint8_t* pixels) {
   for (int64_t i = 0; i < count; ++i) {
-    pixels[3 * i] = blue[i] / kOne;
-    pixels[3 * i + 1] = green[i] / kOne;
-    pixels[3 * i + 2] = red[i] / kOne;
+    pixels[3 * i] = static_cast<Word>(blue[i]) / kOne;
+    pixels[3 * i + 1] = static_cast<Word>(green[i]) / kOne;
+    pixels[3 * i + 2] = static_cast<Word>(red[i]) / kOne;
   }
 }
 
@@ -190,20 +283,44 @@ struct Box {
   }
 };
 
+// Four pixels' values lie in a word; of two at a time, sums have 16 bits each.
+struct Sums {
+  uint32_t even[kBlock / 4], odd[kBlock / 4];
+
+  void Add(const uint8_t* values) {
+    for (int i = 0; i < kBlock / 4; ++i) {
+      uint32_t word;
+      std::memcpy(&word, values + 4 * i, 4);
+      even[i] += word & 0x00ff00ff;
+      odd[i] += word >> 8 & 0x00ff00ff;
+    }
+  }
+};
+
 // Blurs `count` values, whose neighbours are `step` apart; writes up to kBlock - 1 values more.
 VECTORIZED void Blur(const uint8_t* in, uint8_t* out, int64_t count, int64_t step,
                      const Box& box) {
   const int64_t far = (box.radius + 1) * step;
   const uint32_t weight = box.weight, outer = box.outer;
   for (int64_t x = 0; x < count; x += kBlock) {
-    Word sum[kBlock], ends[kBlock];
-    for (int i = 0; i < kBlock; ++i) sum[i] = in[x + i];
+    Sums sums = {}, ends = {};
+    sums.Add(in + x);
     for (int64_t k = step; k < far; k += step) {
-      for (int i = 0; i < kBlock; ++i) sum[i] += in[x + i - k] + in[x + i + k];
+      sums.Add(in + x - k);
+      sums.Add(in + x + k);
     }
-    for (int i = 0; i < kBlock; ++i) ends[i] = in[x + i - far] + in[x + i + far];
-    for (int i = 0; i < kBlock; ++i) {
-      out[x + i] = (sum[i] * weight + ends[i] * outer + (1 << 23)) >> 24;
+    ends.Add(in + x - far);
+    ends.Add(in + x + far);
+    const auto mean = [=](uint32_t sum, uint32_t ends) {  // in the upper byte
+      return sum * weight + ends * outer + (1 << 23);
+    };
+    for (int i = 0; i < kBlock / 4; ++i) {
+      const uint32_t word =
+          mean(sums.even[i] & 0xffff, ends.even[i] & 0xffff) >> 24 |
+          (mean(sums.odd[i] & 0xffff, ends.odd[i] & 0xffff) & 0xff000000) >> 16 |
+          (mean(sums.even[i] >> 16, ends.even[i] >> 16) & 0xff000000) >> 8 |
+          (mean(sums.odd[i] >> 16, ends.odd[i] >> 16) & 0xff000000);
+      std::memcpy(out + x + 4 * i, &word, 4);
     }
   }
 }
@@ -214,6 +331,11 @@ VECTORIZED void Blur(const uint8_t* in, uint8_t* out, int64_t count, int64_t ste
 extern "C" void blur(uint8_t* pixels, int64_t height, int64_t width, double sigma) {
   const Box box(sigma);
   const int64_t reach = box.radius + 1, row = 3 * width, margin = 3 * reach, above = reach * row;
+
+  // planes with lines above and below
+  const int64_t size = height * row + 2 * above + kBlock;
+  const auto planes = Allocate<uint8_t>(2 * size);
+  uint8_t *plane = &planes[above], *next = plane + size;
 
   // lines with a margin at each end
   const int64_t length = row + 2 * margin + kBlock;
@@ -229,14 +351,8 @@ extern "C" void blur(uint8_t* pixels, int64_t height, int64_t width, double sigm
       Blur(line, other, row, 3, box);
       std::swap(line, other);
     }
-    std::memcpy(pixels + y * row, line, row);
+    std::memcpy(plane + y * row, line, row);
   }
-
-  // planes with lines above and below
-  const int64_t size = height * row + 2 * above + kBlock;
-  const auto planes = Allocate<uint8_t>(2 * size);
-  uint8_t *plane = &planes[above], *next = plane + size;
-  std::memcpy(plane, pixels, height * row);
   for (int pass = 0; pass < kPasses; ++pass) {
     for (int64_t y = 1; y <= reach; ++y) {
       std::memcpy(plane - y * row, plane, row);

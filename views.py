@@ -24,9 +24,12 @@ ORDERS = list(itertools.permutations(range(4)))
 # of which pixels do not matter; out: uint8 [S, S, 3], contiguous, filled in place.
 
 def resized_crop(image, box, out):
-    """Fill `out` with a box of the image, resized bilinearly."""
+    """Fill `out` with a box of the image, resized bilinearly as OpenCV does it."""
     y, x, h, w = box
-    cv2.resize(image[y:y + h, x:x + w], out.shape[1::-1], out, interpolation=cv2.INTER_LINEAR)
+    if image.dtype != np.uint8 or image.strides[1:] != (3, 1):
+        raise ValueError(f'this needs rows of uint8 BGR, not {image.dtype} {image.shape}')
+    load_kernels().resize(image.ctypes.data + y * image.strides[0] + 3 * x, image.strides[0], h, w,
+                          point_to(out), out.shape[0])
 
 
 def moco_v1_view(image, box, out, rng):
@@ -172,6 +175,7 @@ def load_kernels():
     try:
         kernels = ctypes.CDLL(KERNELS)
         pointer, number = ctypes.c_void_p, ctypes.c_int64
+        kernels.resize.argtypes = [pointer, number, number, number, pointer, number]
         kernels.jitter.argtypes = [pointer, number, pointer, pointer, number]
         kernels.blur.argtypes = [pointer, number, number, ctypes.c_double]
     except (OSError, AttributeError) as error:

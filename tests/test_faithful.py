@@ -275,6 +275,29 @@ def test_crops_are_resized_without_antialiasing(pictures, box):
     assert mean_difference(got, exact) < 0.3 and np.abs(got - exact).max() < 1.1
 
 
+def test_crops_of_all_sizes_are_opencvs():
+    rng = random.Random(0)
+    for size in (1, 2, 7, 24, 32, 97, 224):
+        for _ in range(60):
+            height, width = (rng.choice([1, 2, 3, rng.randint(4, 400), size, 2 * size, 3 * size])
+                             for _ in range(2))
+            right, below = rng.randint(0, 2), rng.randint(0, 2)
+            image = np.random.RandomState(height + width).randint(
+                0, 256, (height + below, width + right, 3)).astype(np.uint8)
+            got = np.empty((size, size, 3), np.uint8)
+            views.resized_crop(image, (below, right, height, width), got)
+            np.testing.assert_array_equal(got, cv2.resize(
+                image[below:, right:], (size, size), interpolation=cv2.INTER_LINEAR))
+
+
+def test_crops_of_other_arrays_are_refused():
+    got = np.zeros((4, 4, 3), np.uint8)
+    for image in (np.zeros([9, 9, 3], np.float32), np.zeros([9, 18, 3], np.uint8)[:, ::2],
+                  np.zeros([9, 9, 4], np.uint8), np.zeros([9, 9], np.uint8)):
+        with pytest.raises(ValueError, match='rows of uint8 BGR'):
+            views.resized_crop(image, (0, 0, 9, 9), got)
+
+
 def validation_view(image):
     got = np.empty((224, 224, 3), np.uint8)
     views.center_crop_view(image, None, got)
