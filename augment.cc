@@ -1,6 +1,6 @@
-// What views.py does to uint8 BGR pixels: it resizes a box, and changes colours and blurs in place.
-// Each loop is written so that the compiler turns it into instructions for 8 to 32 pixels or bytes at
-// a time.
+// What views.py does to uint8 BGR pixels: it resizes a box, and changes colours and blurs in
+// place. Each loop is written so that the compiler turns it into instructions for 8 to 32 pixels or
+// bytes at a time.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -83,7 +83,8 @@ extern "C" void resize(const uint8_t* box, int64_t stride, int64_t height, int64
   }
 
   // Of each column, the pixel that it begins with and the next one, which for the last column does
-  // not count. Eight bytes are read and written, where six or three matter.
+  // not count. Eight bytes are read and written, where six or three matter; the lowest one is first,
+  // as on all processors that TensorFlow is built for.
   const auto bytes = Allocate<uint8_t>(2 * row + 12 + 3 * width + 5);
   uint8_t *const left = &bytes[0], *const right = left + row + 6, *const last = right + row + 6;
   const auto read = [&](int64_t y, Int* to) {

@@ -106,8 +106,8 @@ class Workers:
     def _make_cache(self):
         total = len(self._images.files)
         return ImageCache(total, int(self._args.cache * 1e9), lambda count: say(
-            f'serve-data: --cache {self._args.cache:g}: is full with {count} of {total} images; the '
-            'others are decoded in each epoch'))
+            f'serve-data: --cache {self._args.cache:g}: is full with {count} of {total} images; '
+            'the others are decoded in each epoch'))
 
     def read_report(self, connection) -> None:
         """What decoder.ImageReader reports, or why a worker has failed, or the end of one."""

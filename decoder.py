@@ -9,11 +9,11 @@ from typing import Callable, List, Optional, Tuple
 import cv2
 import numpy as np
 
+import compiled
 import formats
 from errors import UserError
 from formats import Unreadable
 
-LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'build', 'jpeg.so')
 # of libjpeg, about a JPEG or what is in a TIFF: it has made up what was missing
 LOST = re.compile('[Pp]remature end|instead of RST')
 
@@ -85,13 +85,8 @@ def decode_box(encoded: bytes, choose_box: Callable) -> Optional[np.ndarray]:
 @functools.lru_cache(maxsize=None)
 def load_library():
     """The functions of jpeg.cc."""
-    try:
-        library = ctypes.CDLL(LIBRARY)
-        library.open_jpeg.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
-        library.decode_box.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * 4
-    except (OSError, AttributeError) as error:
-        raise UserError(f'jpeg.cc is not built for this machine, run make env: {error}')
-    return library
+    return compiled.load('jpeg', open_jpeg=[ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p],
+                         decode_box=[ctypes.c_void_p] + [ctypes.c_int64] * 4)
 
 
 def decode_whole(encoded: bytes) -> Tuple[np.ndarray, str]:

@@ -4,6 +4,7 @@ import multiprocessing
 from typing import Callable, Optional
 
 import numpy as np
+import psutil
 
 from errors import UserError
 
@@ -20,13 +21,17 @@ class ImageCache:
 
     def __init__(self, num_images: int, size: int, report_full: Callable[[int], None]):
         self._size, self._report_full = size, report_full
+        available = psutil.virtual_memory().available
+        if size > available:
+            raise UserError(f'--cache {size / 1e9:g}: this host has {available / 1e9:.1f} GB of '
+                            'memory that is not in use')
         try:
             # of each image: where its pixels end (0: not kept), height, width; then in all: where
             # pixels end, number of images, whether one did not fit
             self._table = np.frombuffer(mmap.mmap(-1, 24 * (num_images + 1)), np.int64).reshape(
                 -1, 3)
-            self._pixels = np.frombuffer(mmap.mmap(-1, size), np.uint8)
-        except (OSError, OverflowError, MemoryError, ValueError):
+            self._pixels = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8)
+        except (OSError, MemoryError):
             raise UserError(f'--cache {size / 1e9:g}: this host does not give so many GB of memory')
         self._lock = multiprocessing.get_context('fork').Lock()
 

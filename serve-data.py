@@ -189,8 +189,7 @@ class Server:
         """List them in a thread of its own, which does not keep this process from ending; None if
         there is a reason to end before. And see that the workers will find what they need."""
         listed, args, task = self._loop.create_future(), self._args, data.TASKS[self._args.task]
-        if task.num_views > 1:
-            views.load_kernels()
+        views.load_kernels()
         decoder.load_library()
 
         def run():

@@ -19,7 +19,7 @@ NO_CLASS, BAD_CLASS = -1, -2  # in place of a class number: no .cls, and one wit
 
 
 class TarFiles:
-    """image_lists.FileList for images of which some are in tar files. A process opens a tar file
+    """file_lists.FileList for images of which some are in tar files. A process opens a tar file
     when it first reads from it, and may not have all open at once.
 
     Args:
@@ -84,7 +84,7 @@ def locate(names: Iterator[str], tars: List[Tuple[str, np.ndarray]], count: int)
 
 
 def find_class_numbers(files) -> Optional[np.ndarray]:
-    """The class number of each image of an image_lists.FileList, int64 [N], if there are any."""
+    """The class number of each image of an file_lists.FileList, int64 [N], if there are any."""
     numbers = files.places[3] if isinstance(files, TarFiles) else np.array([])
     if (numbers == NO_CLASS).all():
         return None

@@ -7,14 +7,12 @@ import ctypes
 import functools
 import itertools
 import math
-import os
 
 import cv2
 import numpy as np
 
-from errors import UserError
+import compiled
 
-KERNELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'build', 'augment.so')
 STEPS = ('brightness', 'contrast', 'saturation', 'hue', 'grayscale')
 ORDERS = list(itertools.permutations(range(4)))
 
@@ -172,15 +170,11 @@ def flip(image):
 @functools.lru_cache(maxsize=None)
 def load_kernels():
     """The functions of augment.cc."""
-    try:
-        kernels = ctypes.CDLL(KERNELS)
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        kernels.resize.argtypes = [pointer, number, number, number, pointer, number]
-        kernels.jitter.argtypes = [pointer, number, pointer, pointer, number]
-        kernels.blur.argtypes = [pointer, number, number, ctypes.c_double]
-    except (OSError, AttributeError) as error:
-        raise UserError(f'augment.cc is not built for this machine, run make env: {error}')
-    return kernels
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    return compiled.load(
+        'augment', resize=[pointer, number, number, number, pointer, number],
+        jitter=[pointer, number, pointer, pointer, number],
+        blur=[pointer, number, number, ctypes.c_double])
 
 
 def point_to(image):

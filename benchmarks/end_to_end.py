@@ -18,8 +18,6 @@ import sys
 
 from step import HERE, run_main
 
-ROUNDS = 3
-
 
 def run_server(data, args):
     """Images/s of two views each."""
@@ -31,12 +29,14 @@ def run_server(data, args):
     return float(re.match(r'(\d+) images/s', output).group(1))
 
 
-def measure(data, steps, flags):
+def measure(data, steps, num_rounds, flags):
     sys.path.insert(0, HERE)
     import main_moco  # after the command line has been parsed, for it loads TensorFlow
+    import network
     args = main_moco.parse_args(['--data', data] + flags)
+    args.image_size = args.image_size or network.PUBLISHED['image_size']
     ratios = []
-    for _ in range(ROUNDS):
+    for _ in range(num_rounds):
         fed = run_server(data, args)
         trained, both = (run_main(args.image_size, args.batch, steps, flags=source + flags)
                          for source in (['--fake'], ['--data', data]))
@@ -45,7 +45,7 @@ def measure(data, steps, flags):
         print(f'images/s: data alone {fed:.1f}, training alone {trained:.1f}, both {both:.1f}; of '
               'the limit on shared cores {:.3f}, of the slower one {:.3f}'.format(*ratios[-1]),
               flush=True)
-    print('median of {}: {:.3f} and {:.3f}'.format(ROUNDS, *map(statistics.median, zip(*ratios))))
+    print('median of {}: {:.3f} and {:.3f}'.format(num_rounds, *map(statistics.median, zip(*ratios))))
 
 
 if __name__ == '__main__':
@@ -53,6 +53,7 @@ if __name__ == '__main__':
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', required=True, metavar='DIR', help='folder of images')
     parser.add_argument('--steps', type=int, default=12, help='measured steps (default: 12)')
+    parser.add_argument('--rounds', type=int, default=3, help='of each (default: 3)')
     parser.add_argument('flags', nargs='*', help='for main_moco.py, behind --')
     args = parser.parse_args()
-    measure(args.data, args.steps, args.flags or ['--v2', '--batch', '16'])
+    measure(args.data, args.steps, args.rounds, args.flags or ['--v2', '--batch', '16'])

@@ -68,7 +68,7 @@ def main(folder):
             list_files(folder, f'{what}, {drop_kernel_cache()}')
         list_files(folder, 'the kept list, warm')
         list_files(folder, 'the kept list, labelled, warm', labelled=True)
-        shutil.rmtree(os.path.join(folder, 'cache'))
+        shutil.rmtree(os.path.join(folder, 'cache'), ignore_errors=True)
         list_files(folder, 'all folders, warm')
     finally:
         shutil.rmtree(folder)

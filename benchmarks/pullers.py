@@ -3,6 +3,7 @@
 
     python benchmarks/pullers.py --data DIR    # half an hour, of which 20 minutes for memory
     python benchmarks/pullers.py --data DIR --minutes 3
+    python benchmarks/pullers.py --data DIR --image-size 224 -- --cache 1    # other flags of the server
 
 One server each feeds 1, 2, 4 and 8 ranks that pull as fast as they can; printed are the images that
 each gets, and by how much the furthest one is off the mean: the claim is at most 5 %. Then 8 ranks
@@ -31,7 +32,8 @@ def make_server(num_ranks, args):
     ranks = list(range(num_ranks))
     return data_server.Server(
         ['--data', args.data, '--task', 'moco-v2', '--batch', str(BATCH), '--image-size',
-         str(args.image_size), '--ranks', ','.join(map(str, ranks)), '--size', str(num_ranks)],
+         str(args.image_size), '--ranks', ','.join(map(str, ranks)), '--size', str(num_ranks),
+         *args.flags],
         ranks)
 
 
@@ -89,6 +91,7 @@ if __name__ == '__main__':
     parser.add_argument('--data', required=True, metavar='DIR', help='folder of images')
     parser.add_argument('--image-size', type=int, default=32, help='pixels (default: 32)')
     parser.add_argument('--minutes', type=float, default=20, help='of memory (default: 20)')
+    parser.add_argument('flags', nargs='*', help='for serve-data.py, behind --')
     try:
         main(parser.parse_args())
     except data_server.Ended:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 import decoder
 import formats
+import file_lists
 import image_lists
 from errors import UserError
 from images import PHOTO, write_image
@@ -545,7 +546,7 @@ def test_the_next_readable_image_takes_the_place(tmp_path):
         (tmp_path / '{}.png'.format(i)).unlink()
         (tmp_path / '{}.png'.format(i)).symlink_to(tmp_path / path)
     (tmp_path / '2.png').write_bytes(bad_profile())
-    files = image_lists.FileList(str(tmp_path), *image_lists.pack_names(
+    files = file_lists.FileList(str(tmp_path), *file_lists.pack_names(
         '{}.png'.format(i) for i in range(7)))
     reported = []
     reader = decoder.ImageReader(image_lists.ImageList(files, None, None),

@@ -1,8 +1,11 @@
 """image_cache.py: what is kept, never more than said, and views that stay the same."""
+import mmap
 import os
+from unittest import mock
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 
 import data
@@ -48,7 +51,7 @@ def test_the_second_epoch_reads_nothing_and_views_stay_the_same(images):
     np.testing.assert_array_equal(cached, expected)
 
 
-@pytest.mark.parametrize('size, kept', [(3599, 0), (3600, 1), (4 * 3600 + 3599, 4)])
+@pytest.mark.parametrize('size, kept', [(0, 0), (3599, 0), (3600, 1), (4 * 3600 + 3599, 4)])
 def test_never_more_than_said(images, size, kept):
     reports = []
     cache = ImageCache(10, size, reports.append)
@@ -72,6 +75,10 @@ def test_processes_share_it():
     assert cache.get(1) is None and not cache.full
 
 
-def test_more_memory_than_there_is():
-    with pytest.raises(UserError, match='--cache 1e.11: this host does not give'):
-        ImageCache(4, 10**20, pytest.fail)
+def test_more_memory_than_there_is(monkeypatch):
+    for size in (10**20, psutil.virtual_memory().total):
+        with pytest.raises(UserError, match=r'--cache [\d.e+]+: this host has [\d.]+ GB of memory'):
+            ImageCache(4, size, pytest.fail)
+    monkeypatch.setattr(mmap, 'mmap', mock.Mock(side_effect=OSError))
+    with pytest.raises(UserError, match='--cache 1: this host does not give'):
+        ImageCache(4, 10**9, pytest.fail)

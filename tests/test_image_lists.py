@@ -1,4 +1,4 @@
-"""image_lists.py: lists of images and labels, and lists that are kept."""
+"""image_lists.py and file_lists.py: lists of images and labels, and lists that are kept."""
 import io
 import os
 import re
@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import decoder
+import file_lists
 import image_files
 import image_lists
 import labels
@@ -184,7 +185,7 @@ def test_names_in_messages_are_printable(tmp_path):
 
 
 def test_images_with_an_extension_are_not_opened(tmp_path, monkeypatch):
-    names = sorted('x' + extension for extension in image_lists.EXTENSIONS + ('.JPG', '.Jfif'))
+    names = sorted('x' + extension for extension in image_files.EXTENSIONS + ('.JPG', '.Jfif'))
     make(tmp_path, 'train/', 'val/', 'more/')
     for name in names:
         (tmp_path / 'train' / name).write_text('the decoder will say that this is none')
@@ -633,14 +634,14 @@ def listed(tmp_path, monkeypatch):
     write_image(tmp_path / 'elsewhere/5.png')
     write_image(tmp_path / 'other/6.png')
     (tmp_path / 'root/train/c').symlink_to(tmp_path / 'elsewhere')
-    monkeypatch.setattr(image_lists, 'SLOW_LISTING', -1)
-    monkeypatch.setattr(image_lists, 'SETTLED', -60)
-    walks, walk = [], image_lists._walk
+    monkeypatch.setattr(file_lists, 'SLOW_LISTING', -1)
+    monkeypatch.setattr(file_lists, 'SETTLED', -60)
+    walks, walk = [], file_lists._walk
 
     def count_walks(*args):
         walks.append(args)
         return walk(*args)
-    monkeypatch.setattr(image_lists, '_walk', count_walks)
+    monkeypatch.setattr(file_lists, '_walk', count_walks)
 
     def list_folder(labelled=False, cache='cache'):
         monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / cache))
@@ -734,12 +735,12 @@ def test_a_change_is_noticed(listed, tmp_path, change):
 
 def test_lists_that_may_not_hold_are_not_kept(listed, tmp_path, monkeypatch):
     # of a folder that has just changed
-    monkeypatch.setattr(image_lists, 'SETTLED', 60)
+    monkeypatch.setattr(file_lists, 'SETTLED', 60)
     listed()
     assert not listed()[2]
 
     # with a link to nowhere, where a folder may be later; unless its name is an image's
-    monkeypatch.setattr(image_lists, 'SETTLED', -60)
+    monkeypatch.setattr(file_lists, 'SETTLED', -60)
     link = tmp_path / 'root/train/a/d'
     link.symlink_to(tmp_path / 'nowhere')
     listed()
@@ -761,7 +762,7 @@ def test_lists_that_may_not_hold_are_not_kept(listed, tmp_path, monkeypatch):
         assert listed()[2] == (kind == 'ext4')
 
     # of a short listing
-    monkeypatch.setattr(image_lists, 'SLOW_LISTING', 60)
+    monkeypatch.setattr(file_lists, 'SLOW_LISTING', 60)
     listed(cache='another')
     assert not listed(cache='another')[2]
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import compiled
 import decoder
+import views
 from errors import UserError
 from test_decoder import EXIF, JPEGS, TURNED, UPRIGHT, XMP, encode
 
@@ -162,6 +164,10 @@ def test_memory_does_not_grow():
 
 
 def test_a_library_that_does_not_load_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(decoder, 'LIBRARY', str(tmp_path / 'jpeg.so'))
-    with pytest.raises(UserError, match='jpeg.cc is not built.*make env.*jpeg.so'):
-        decoder.load_library.__wrapped__()
+    monkeypatch.setattr(compiled, 'FOLDER', str(tmp_path))
+    for load, name in ((decoder.load_library, 'jpeg'), (views.load_kernels, 'augment')):
+        for content in (None, b'not a library'):
+            if content:
+                (tmp_path / f'{name}.so').write_bytes(content)
+            with pytest.raises(UserError, match=f'{name}.cc is not built.*make env.*{name}.so'):
+                load.__wrapped__()

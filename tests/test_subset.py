@@ -4,6 +4,7 @@ import argparse
 import numpy as np
 import pytest
 
+import file_lists
 import image_lists
 import subset
 
@@ -13,7 +14,7 @@ def make_images(sizes, names='abc'):
     files = [f'{name}/{i:03d}.jpg' for name, size in zip(names, sizes) for i in range(size)]
     labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
     return image_lists.ImageList(
-        image_lists.FileList('root', *image_lists.pack_names(files)), labels, list(names))
+        file_lists.FileList('root', *file_lists.pack_names(files)), labels, list(names))
 
 
 @pytest.mark.parametrize('share, counts', [

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import decoder
-import image_lists
+import file_lists
 import subset
 import tar_files
 from errors import UserError
@@ -415,8 +415,8 @@ def test_an_index_is_kept_until_a_tar_file_changes(tmp_path, monkeypatch, layout
     make(tmp_path / 'folders')
     LAYOUTS[layout](tmp_path / 'folders', tmp_path / 'tars')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setattr(image_lists, 'SLOW_LISTING', -1)
-    monkeypatch.setattr(image_lists, 'SETTLED', -60)
+    monkeypatch.setattr(file_lists, 'SLOW_LISTING', -1)
+    monkeypatch.setattr(file_lists, 'SETTLED', -60)
     read, list_tar = [], tar_files.list_tar.__wrapped__
     monkeypatch.setattr(tar_files, 'list_tar', lambda *args: read.append(args) or list_tar(*args))
     expect_same(tmp_path / 'folders', tmp_path / 'tars', 'train', labelled)
@@ -446,8 +446,8 @@ def test_only_one_tar_file_of_train_is_read_for_val(tmp_path, monkeypatch):
 
 def test_an_index_keeps_class_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setattr(image_lists, 'SLOW_LISTING', -1)
-    monkeypatch.setattr(image_lists, 'SETTLED', -60)
+    monkeypatch.setattr(file_lists, 'SLOW_LISTING', -1)
+    monkeypatch.setattr(file_lists, 'SETTLED', -60)
     write_shards(tmp_path)
     list_images(str(tmp_path))  # keeps them, too
     monkeypatch.setattr(tar_files, 'list_tar', None)

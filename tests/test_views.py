@@ -7,7 +7,6 @@ import pytest
 
 import references
 import views
-from errors import UserError
 
 
 # ------------------------------------------------------------------------------ single operations
@@ -149,16 +148,6 @@ def test_steps_refuse_what_they_would_spoil(operation, value):
             operation(wrong, value)
         np.testing.assert_array_equal(wrong, before)
     operation(image, value)
-
-
-def test_kernels_that_are_not_built(monkeypatch, tmp_path):
-    for content in (None, b'not a library'):
-        if content:
-            (tmp_path / 'augment.so').write_bytes(content)
-        monkeypatch.setattr(views, 'KERNELS', str(tmp_path / 'augment.so'))
-        views.load_kernels.cache_clear()
-        with pytest.raises(UserError, match='augment.cc is not built.*make env.*augment.so'):
-            views.load_kernels()
 
 
 def test_gray_and_flip():

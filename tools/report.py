@@ -30,8 +30,8 @@ import cv2
 import numpy as np
 
 import decoder
+import file_lists
 import image_files
-import image_lists
 import outputs
 import weights
 from errors import UserError
@@ -80,7 +80,7 @@ class Thumbnails(dict):
     """Of each image its middle, uint8 BGR [SIDE, SIDE, 3], gray if it cannot be read: `missing`."""
 
     def __init__(self, folder, names):
-        self._files, _ = image_lists.find_images(folder)
+        self._files, _ = file_lists.find_images(folder)
         self._names, self.missing, wanted = names, 0, set(names)
         self._places = {name: place for place, name in enumerate(self._files.names())
                         if name in wanted}
