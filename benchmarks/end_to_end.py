@@ -45,7 +45,8 @@ def measure(data, steps, num_rounds, flags):
         print(f'images/s: data alone {fed:.1f}, training alone {trained:.1f}, both {both:.1f}; of '
               'the limit on shared cores {:.3f}, of the slower one {:.3f}'.format(*ratios[-1]),
               flush=True)
-    print('median of {}: {:.3f} and {:.3f}'.format(num_rounds, *map(statistics.median, zip(*ratios))))
+    medians = map(statistics.median, zip(*ratios))
+    print('median of {}: {:.3f} and {:.3f}'.format(num_rounds, *medians))
 
 
 if __name__ == '__main__':

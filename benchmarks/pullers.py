@@ -3,7 +3,7 @@
 
     python benchmarks/pullers.py --data DIR    # half an hour, of which 20 minutes for memory
     python benchmarks/pullers.py --data DIR --minutes 3
-    python benchmarks/pullers.py --data DIR --image-size 224 -- --cache 1    # other flags of the server
+    python benchmarks/pullers.py --data DIR --image-size 224 -- --cache 1    # the server's flags
 
 One server each feeds 1, 2, 4 and 8 ranks that pull as fast as they can; printed are the images that
 each gets, and by how much the furthest one is off the mean: the claim is at most 5 %. Then 8 ranks

@@ -1,4 +1,4 @@
-"""benchmarks/: each runs to its figures, with the smallest of settings. test_notebook.py has two."""
+"""benchmarks/: each runs to its figures, with the smallest settings; test_notebook.py has two."""
 import os
 import re
 import subprocess
@@ -25,7 +25,8 @@ RUNS = {
     'pullers': (['-c', 'import argparse, pullers; pullers.RANKS = 1, 2; '
                        'pullers.SHARE_SECONDS = pullers.SAMPLE_SECONDS = 0.3; '
                        'pullers.main(argparse.Namespace(data={data!r}, image_size=16, '
-                       'minutes=0.03, flags=[]))'], r'2 ranks, from minute .* slope -?\d+\.\d\d MB/min'),
+                       'minutes=0.03, flags=[]))'],
+                r'2 ranks, from minute .* slope -?\d+\.\d\d MB/min'),
     'step': (['-c', 'import step; step.ROUNDS = 1; step.run_main = lambda *_: 1.; '
                     'step.measure(16, 2, 1)'],  # end_to_end has run_main()
              r'median ratio \d+\.\d{3} of 1'),

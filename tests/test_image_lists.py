@@ -757,7 +757,7 @@ def test_lists_that_may_not_hold_are_not_kept(listed, tmp_path, monkeypatch):
     for kind in ('vfat', 'fuse.sshfs', 'ext4'):
         mounts.write_text(line.format(0, 0, 'fuse') + line.format(
             os.major(status.st_dev), os.minor(status.st_dev), kind))
-        monkeypatch.setattr(image_lists, 'open', lambda path: mounts.open(), raising=False)
+        monkeypatch.setattr(file_lists, 'open', lambda path: mounts.open(), raising=False)
         listed()
         assert listed()[2] == (kind == 'ext4')
 
@@ -795,7 +795,7 @@ def test_no_cache_is_no_error(listed, tmp_path, monkeypatch):
     expected = listed(cache='file')
     assert listed(cache='file') == expected
     # disk full, say
-    monkeypatch.setattr(image_lists.os, 'replace', lambda *_: os.stat('/nowhere'))
+    monkeypatch.setattr(file_lists.os, 'replace', lambda *_: os.stat('/nowhere'))
     assert listed() == expected
     assert not list((tmp_path / 'cache/moco').iterdir())
     for name in ('XDG_CACHE_HOME', 'HOME'):
