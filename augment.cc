@@ -65,16 +65,18 @@ VECTORIZED void Down(const Int* top, const Int* bottom, Int part, int64_t count,
 
 }  // namespace
 
-// Resizes a box, whose rows begin `stride` bytes apart, to `size` rows and columns.
+// Resizes a box of height x width pixels, whose rows begin `stride` bytes apart, to rows x columns,
+// and writes those size x size that begin at (y0, x0).
 extern "C" void resize(const uint8_t* box, int64_t stride, int64_t height, int64_t width,
-                       uint8_t* out, int64_t size) {
+                       int64_t rows, int64_t columns, int64_t y0, int64_t x0, uint8_t* out,
+                       int64_t size) {
   const int64_t row = 3 * size;
   const auto numbers = Allocate<Int>(3 * row);
   Int *const parts = &numbers[0], *top = parts + row, *bottom = top + row;
   const auto offsets = Allocate<int64_t>(size + 1);
   offsets[size] = 0;  // columns are taken in pairs
   for (int64_t x = 0; x < size; ++x) {
-    Place place(x, width, size);
+    Place place(x0 + x, width, columns);
     if (place.at < 0) place.at = place.part = 0;
     if (place.part == kWhole) ++place.at, place.part = 0;
     if (place.at >= width - 1) place.at = width - 1, place.part = 0;
@@ -108,7 +110,7 @@ extern "C" void resize(const uint8_t* box, int64_t stride, int64_t height, int64
 
   int64_t top_y = -1, bottom_y = -1;  // what `top` and `bottom` are of
   for (int64_t y = 0; y < size; ++y) {
-    const Place place(y, height, size);
+    const Place place(y0 + y, height, rows);
     const int64_t first = std::max<int64_t>(place.at, 0);
     const int64_t second = std::min(place.at + 1, height - 1);
     if (first == bottom_y) std::swap(top, bottom), std::swap(top_y, bottom_y);

@@ -22,12 +22,8 @@ ORDERS = list(itertools.permutations(range(4)))
 # of which pixels do not matter; out: uint8 [S, S, 3], contiguous, filled in place.
 
 def resized_crop(image, box, out):
-    """Fill `out` with a box of the image, resized bilinearly as OpenCV does it."""
-    y, x, h, w = box
-    if image.dtype != np.uint8 or image.strides[1:] != (3, 1):
-        raise ValueError(f'this needs rows of uint8 BGR, not {image.dtype} {image.shape}')
-    load_kernels().resize(image.ctypes.data + y * image.strides[0] + 3 * x, image.strides[0], h, w,
-                          point_to(out), out.shape[0])
+    """Fill `out` with a box of the image, resized."""
+    resize(image, box, out, out.shape[:2])
 
 
 def moco_v1_view(image, box, out, rng):
@@ -66,25 +62,20 @@ def linear_train_view(image, box, out, rng):
 def center_crop_view(image, box, out, rng=None):
     """Fill `out` with a validation view: shortest edge to 256/224 of the size, then the centre. An
     image that has the size already (CIFAR's at 32) is taken whole. Its box is center_box()."""
+    height, width, _ = image.shape
     if image.shape == out.shape:
         out[:] = image
         return
-    size = out.shape[0]
-    (top, h, new_h, y), (left, w, new_w, x) = center(*image.shape[:2], size)
-    image = cv2.resize(image[top:top + h, left:left + w], (new_w, new_h),
-                       interpolation=cv2.INTER_LINEAR)
-    out[:] = image[y:y + size, x:x + size]
+    (rows, y), (columns, x) = center(height, width, out.shape[0])
+    resize(image, (0, 0, height, width), out, (rows, columns), (y, x))
 
 
 def center(height, width, size):
-    """Of both edges of an image, for center_crop_view(): where the part begins that is resized, its
-    length, the length that it gets, and where in that the view begins."""
-    short = min(height, width)
+    """Of both edges of an image, for center_crop_view(): the length that it gets, and where in that
+    the view begins."""
     for edge in (height, width):
-        # only the centre is wanted: do not resize (at 20,000 x 10, to 350 MB) what is far outside
-        begin, length = max(0, (edge - 4 * short) // 2), min(edge, 4 * short)
-        resized = int(round(size * 256 / 224) / short * length + 0.5)
-        yield begin, length, resized, (resized - size) // 2
+        resized = int(round(size * 256 / 224) / min(height, width) * edge + 0.5)
+        yield resized, (resized - size) // 2
 
 
 def center_box(height, width, size):
@@ -92,12 +83,12 @@ def center_box(height, width, size):
     if (height, width) == (size, size):
         return 0, 0, height, width
     edges = []
-    for begin, length, resized, view in center(height, width, size):
-        # pixel i of the resized edge is at (i + 1/2) length / resized - 1/2: between two that are
+    for edge, (resized, view) in zip((height, width), center(height, width, size)):
+        # pixel i of the resized edge is at (i + 1/2) edge / resized - 1/2: between two that are
         # read; and one more on each side, for rounding
-        first, last = ((i + 0.5) * length / resized - 0.5 for i in (view, view + size - 1))
-        first, last = max(0, int(first) - 1), min(length, int(last) + 3)
-        edges.append((begin + first, last - first))
+        first, last = ((i + 0.5) * edge / resized - 0.5 for i in (view, view + size - 1))
+        first, last = max(0, int(first) - 1), min(edge, int(last) + 3)
+        edges.append((first, last - first))
     (y, h), (x, w) = edges
     return y, x, h, w
 
@@ -140,6 +131,16 @@ def sample_jitter(rng, brightness, contrast, saturation, hue):
 
 # ---- operations
 
+def resize(image, box, out, shape, at=(0, 0)):
+    """Resize a box of the image to a shape (height, width), bilinearly as OpenCV does it, and fill
+    `out` with the part of that which begins `at` (y, x)."""
+    y, x, h, w = box
+    if image.dtype != np.uint8 or image.strides[1:] != (3, 1):
+        raise ValueError(f'this needs rows of uint8 BGR, not {image.dtype} {image.shape}')
+    load_kernels().resize(image.ctypes.data + y * image.strides[0] + 3 * x, image.strides[0], h, w,
+                          *shape, *at, point_to(out), out.shape[0])
+
+
 def jitter(image, steps):
     """Change colours by steps (name of STEPS, value), as tensorpack does in float32: each is cut to
     0..255, and only the last one down to uint8. Brightness, contrast and saturation move colours
@@ -172,7 +173,7 @@ def load_kernels():
     """The functions of augment.cc."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     return compiled.load(
-        'augment', resize=[pointer, number, number, number, pointer, number],
+        'augment', resize=[pointer] + 7 * [number] + [pointer, number],
         jitter=[pointer, number, pointer, pointer, number],
         blur=[pointer, number, number, ctypes.c_double])
 

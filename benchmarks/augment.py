@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""From a JPEG to the views of MoCo, v1 and v2, and of linear training: this project against the
-same by tensorpack's augmentors.
+"""From a JPEG to the views of MoCo, v1 and v2, of linear training and of validation: this project
+against the same by tensorpack's augmentors.
 
     python benchmarks/augment.py --data /path/to/imagenet    # 200 images; a minute
 
@@ -33,9 +33,9 @@ import views
 
 SIZE = 224
 # stage -> functions of views.py; a view's flip and random numbers only count in the total
-STAGES = {'crop': ['resized_crop'], 'colour': ['jitter', 'convert_to_gray'],
+STAGES = {'crop': ['resize'], 'colour': ['jitter', 'convert_to_gray'],
           'blur': ['blur']}
-TASKS = {'v1': 'moco-v1', 'v2': 'moco-v2', 'linear': 'linear'}
+TASKS = {'v1': 'moco-v1', 'v2': 'moco-v2', 'linear': 'linear', 'validation': 'eval'}
 COLUMNS = ['decode', 'crop', 'colour', 'blur', 'total']
 
 
@@ -72,7 +72,8 @@ class Ours:
 
     def _read(self, files, index):
         def choose_box(*size):
-            self._boxes = [views.sample_crop(self._rng, *size, self._area) for _ in self._views]
+            self._boxes = [views.sample_crop(self._rng, *size, self._area) if self._area else
+                           views.center_box(*size, SIZE) for _ in self._views]
             return views.union(self._boxes)
         return decoder.decode(files.read(index), choose_box)[0]
 
@@ -89,7 +90,9 @@ class Ours:
 class Tensorpack:
     def __init__(self, recipe, float32, clock):
         task = data.TASKS[TASKS[recipe]]
-        crop = imgaug.GoogleNetRandomCropAndResize(crop_area_fraction=task.area, target_shape=SIZE)
+        crop = (imgaug.GoogleNetRandomCropAndResize(crop_area_fraction=task.area, target_shape=SIZE)
+                if task.area else
+                imgaug.AugmentorList([imgaug.ResizeShortestEdge(256), imgaug.CenterCrop(SIZE)]))
         gray = imgaug.RandomApplyAug(imgaug.Grayscale(rgb=False, keepshape=True), 0.2)
         hue = 180 * {'v1': 0.4}.get(recipe, 0.1)
         jitter = imgaug.RandomOrderAug([
@@ -100,7 +103,8 @@ class Tensorpack:
         # 13 pixels wide, the least that holds 3 sigma
         blur = imgaug.RandomApplyAug(imgaug.GaussianBlur((6, 7), sigma_range=(0.1, 2)), 0.5)
         flip = imgaug.Flip(horiz=True)
-        stages = {'linear': [('crop', [crop]), ('flip', [flip])],
+        stages = {'validation': [('crop', [crop])],
+                  'linear': [('crop', [crop]), ('flip', [flip])],
                   'v1': [('crop', [crop]), ('colour', [gray, jitter]), ('flip', [flip])],
                   'v2': [('crop', [crop]), ('colour', [imgaug.RandomApplyAug(jitter, 0.8), gray]),
                          ('blur', [blur]), ('flip', [flip])]}[recipe]

@@ -14,7 +14,7 @@ SMALL = ' '.join(['--', *NETWORK, '--batch', '4'])
 # that is the result
 RUNS = {
     'augment': (['augment.py', '--data', '{data}', '--images', '3', '--rounds', '1'],
-                r'(?s)(\d+\.\d\d times as many images as OpenCV decodes.*){3}'),
+                r'(?s)(\d+\.\d\d times as many images as OpenCV decodes.*){4}'),
     'end_to_end': (['end_to_end.py', '--data', '{data}', '--rounds', '1', '--steps', '1',
                     *SMALL.split()], r'median of 1: \d+\.\d{3} and \d+\.\d{3}'),
     'listing': (['-c', 'import listing; listing.IMAGES = 20; listing.CLASSES = 3; '

@@ -305,7 +305,7 @@ def validation_view(image):
 
 
 @pytest.mark.parametrize('shape', [(375, 500), (500, 375), (256, 256), (224, 300), (333, 500),
-                                   (1200, 701), (100, 399)])
+                                   (1200, 701), (100, 399), (64, 1000), (1501, 100)])
 def test_validation_views(pictures, shape):
     image = cv2.resize(pictures['photo'], shape[::-1], interpolation=cv2.INTER_AREA)
     # the whole image, its shortest edge 256 pixels; then a slice, half a pixel up and left if need
@@ -319,14 +319,6 @@ def test_validation_views(pictures, shape):
     np.testing.assert_array_equal(got, whole[top:top + 224, left:left + 224])
     tensorpack = imgaug.AugmentorList([imgaug.ResizeShortestEdge(256), imgaug.CenterCrop(224)])
     np.testing.assert_array_equal(got, tensorpack.augment(image))
-
-
-@pytest.mark.parametrize('shape', [(64, 1000), (1501, 100)])
-def test_validation_views_of_long_images(pictures, shape):
-    # what is far from the centre is not resized; the view stays within a part of a pixel
-    image = cv2.resize(pictures['photo'], shape[::-1], interpolation=cv2.INTER_CUBIC)
-    tensorpack = imgaug.AugmentorList([imgaug.ResizeShortestEdge(256), imgaug.CenterCrop(224)])
-    assert mean_difference(validation_view(image), tensorpack.augment(image)) < 1
 
 
 # ---------------------------------------------------------------------------------- distributions
