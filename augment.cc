@@ -149,7 +149,7 @@ struct Move {
 
   Int operator()(Int v, Int origin) const {
     const Int distance = v - origin;
-    return Clip(v + (((distance * part >> 14) + 1) >> 1));  // one instruction, and rounded
+    return Clip(v + (((distance * part >> 14) + 1) >> 1));  // an instruction of AVX2, and rounded
   }
 };
 

@@ -1,6 +1,8 @@
 """Decoded images in memory that all data workers of a host share."""
+import contextlib
 import mmap
 import multiprocessing
+import pathlib
 from typing import Callable, Optional
 
 import numpy as np
@@ -21,10 +23,10 @@ class ImageCache:
 
     def __init__(self, num_images: int, size: int, report_full: Callable[[int], None]):
         self._size, self._report_full = size, report_full
-        available = psutil.virtual_memory().available
+        available = min(psutil.virtual_memory().available, least_limit())
         if size > available:
-            raise UserError(f'--cache {size / 1e9:g}: this host has {available / 1e9:.1f} GB of '
-                            'memory that is not in use')
+            raise UserError(f'--cache {size / 1e9:g}: there are {available / 1e9:.3g} GB of memory '
+                            'that a job can have here')
         try:
             # of each image: where its pixels end (0: not kept), height, width; then in all: where
             # pixels end, number of images, whether one did not fit
@@ -62,3 +64,17 @@ class ImageCache:
                 self._table[-1, 2] = 1
         if not fits:
             self._report_full(int(self._table[-1, 1]))
+
+
+def least_limit(root: str = '') -> float:
+    """The least memory limit, in bytes, of this process's control group (version 2, as containers
+    and schedulers set them) and of those around it; root: of the file system."""
+    limits = [float('inf')]
+    with contextlib.suppress(OSError, StopIteration):
+        with open(root + '/proc/self/cgroup') as lines:
+            group = next(line[3:].strip() for line in lines if line.startswith('0::'))
+        folder = pathlib.Path(root + '/sys/fs/cgroup' + group)
+        for path in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # none there, or 'max'
+                limits.append(int((path / 'memory.max').read_text()))
+    return min(limits)

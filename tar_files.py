@@ -84,7 +84,7 @@ def locate(names: Iterator[str], tars: List[Tuple[str, np.ndarray]], count: int)
 
 
 def find_class_numbers(files) -> Optional[np.ndarray]:
-    """The class number of each image of an file_lists.FileList, int64 [N], if there are any."""
+    """The class number of each image of a file_lists.FileList, int64 [N], if there are any."""
     numbers = files.places[3] if isinstance(files, TarFiles) else np.array([])
     if (numbers == NO_CLASS).all():
         return None

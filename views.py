@@ -1,7 +1,7 @@
 """Pixels to views: the augmentations of MoCo and of linear classification.
 
-Images are uint8 BGR [height, width, 3]. An operation changes its image in place. rng is a
-random.Random, whose single numbers cost a tenth of NumPy's.
+Images are uint8 BGR [height, width, 3]. An operation but resize() changes its image in place. rng
+is a random.Random, whose single numbers cost a tenth of NumPy's.
 """
 import ctypes
 import functools
@@ -135,10 +135,14 @@ def resize(image, box, out, shape, at=(0, 0)):
     """Resize a box of the image to a shape (height, width), bilinearly as OpenCV does it, and fill
     `out` with the part of that which begins `at` (y, x)."""
     y, x, h, w = box
-    if image.dtype != np.uint8 or image.strides[1:] != (3, 1):
-        raise ValueError(f'this needs rows of uint8 BGR, not {image.dtype} {image.shape}')
-    load_kernels().resize(image.ctypes.data + y * image.strides[0] + 3 * x, image.strides[0], h, w,
-                          *shape, *at, point_to(out), out.shape[0])
+    size, (height, width) = len(out), image.shape[:2]
+    if not (image.flags.c_contiguous and image.dtype == np.uint8 and image.shape[2:] == (3,)
+            and 0 <= y < y + h <= height and 0 <= x < x + w <= width
+            and out.shape == (size, size, 3)):
+        raise ValueError(f'this needs a box of a contiguous uint8 [height, width, 3], not {box} of '
+                         f'{image.dtype} {image.shape}, and a square in place of {out.shape}')
+    load_kernels().resize(image.ctypes.data + 3 * (y * width + x), 3 * width, h, w, *shape, *at,
+                          point_to(out), size)
 
 
 def jitter(image, steps):

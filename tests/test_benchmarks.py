@@ -18,6 +18,8 @@ RUNS = {
     'end_to_end': (['end_to_end.py', '--data', '{data}', '--rounds', '1', '--steps', '1',
                     *SMALL.split()], r'median of 1: \d+\.\d{3} and \d+\.\d{3}'),
     'listing': (['-c', 'import listing; listing.IMAGES = 20; listing.CLASSES = 3; '
+                       'listing.LIST = "import file_lists; file_lists.SLOW_LISTING = -1; " '
+                       '"file_lists.SETTLED = -60" + listing.LIST; '
                        'listing.time.sleep = listing.drop_kernel_cache = lambda *_: "warm"; '
                        'listing.main({new!r})'], r'(?s)(20 images in \d+\.\d\d s.*){5}'),
     'packed': (['packed.py', '{data}', '--max-side', '16', '--rounds', '1'],

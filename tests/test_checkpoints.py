@@ -60,7 +60,9 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(flags, tmp_path):
         # stats.json, its epoch is ended again
         assert step <= newest_step(logdir) <= step + 2
         step = newest_step(logdir)
-    (logdir / 'model-9.data-00000-of-00001.tempstate123').write_text('half of a checkpoint')
+    for number in (step, 9):
+        (logdir / f'model-{number}.data-00000-of-00001.tempstate123').write_text('half of one')
+    assert newest_step(logdir) == step
     output, _ = run('main_moco.py', *flags, '--max-steps', step + 1, '--logdir', logdir)
     assert 'after step {}'.format(step) in output and newest_step(logdir) == step + 1
     assert not list(logdir.glob('*tempstate*'))

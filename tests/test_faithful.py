@@ -1,15 +1,17 @@
 """Proof that views.py augments as the published weights were: pixels against tensorpack in float32,
 PIL and float64, random choices against their distributions, the official code's and torchvision's.
 
-    python -m pytest -s -k differences tests/test_faithful.py    # 5 s; the README's table
+    python -m pytest -s -k differences tests/test_faithful.py    # 5 s; docs/faithfulness.md has it
 
 All seeds are fixed, so each test always has the same outcome. A statistical test fails at p below
 SIGNIFICANCE; there are 311, so with 3 % of other seeds one would fail by chance. The samples are
 large enough for a probability off by 0.02, or a range 5 % too wide or too narrow, to fail.
 """
+import ctypes
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
@@ -291,11 +293,36 @@ def test_crops_of_all_sizes_are_opencvs():
 
 
 def test_crops_of_other_arrays_are_refused():
-    got = np.zeros((4, 4, 3), np.uint8)
-    for image in (np.zeros([9, 9, 3], np.float32), np.zeros([9, 18, 3], np.uint8)[:, ::2],
-                  np.zeros([9, 9, 4], np.uint8), np.zeros([9, 9], np.uint8)):
-        with pytest.raises(ValueError, match='rows of uint8 BGR'):
-            views.resized_crop(image, (0, 0, 9, 9), got)
+    image, out, box = np.zeros([9, 9, 3], np.uint8), np.zeros((4, 4, 3), np.uint8), (0, 0, 9, 9)
+    for wrong in (image.astype(np.float32), np.zeros([9, 18, 3], np.uint8)[:, ::2], image[::-1],
+                  np.zeros([9, 9, 4], np.uint8), np.zeros([9, 9], np.uint8), image[:, :, :2],
+                  np.broadcast_to(image[:1], (9, 9, 3))):
+        with pytest.raises(ValueError, match='a box of a contiguous uint8'):
+            views.resized_crop(wrong, box, out)
+    for wrong in ((-1, 0, 9, 9), (0, -1, 9, 9), (1, 0, 9, 9), (0, 1, 9, 9), (0, 0, 0, 9)):
+        with pytest.raises(ValueError, match='a box of a contiguous uint8'):
+            views.resized_crop(image, wrong, out)
+    for wrong in (np.zeros([8, 4, 3], np.uint8), np.zeros([4, 8, 3], np.uint8)[:, ::2]):
+        with pytest.raises(ValueError, match='contiguous'):
+            views.resized_crop(image, box, wrong)
+    image.setflags(write=False)
+    views.resized_crop(image, box, out)
+
+
+def test_nothing_behind_an_image_is_read():
+    page = mmap.PAGESIZE
+    memory, libc = mmap.mmap(-1, 2 * page), ctypes.CDLL(None)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
+    assert libc.mprotect(ctypes.c_void_p(behind), page, 0) == 0  # not to be read
+    child = os.fork()
+    if not child:
+        for height, width in ((1, 1), (2, 1), (9, 1), (1, 2), (3, 2), (9, 7)):
+            image = np.frombuffer(memory, np.uint8, 3 * height * width, page - 3 * height * width)
+            for size in (1, 2, 5, 32):
+                views.resized_crop(image.reshape(height, width, 3), (0, 0, height, width),
+                                   np.empty((size, size, 3), np.uint8))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def validation_view(image):
@@ -305,7 +332,8 @@ def validation_view(image):
 
 
 @pytest.mark.parametrize('shape', [(375, 500), (500, 375), (256, 256), (224, 300), (333, 500),
-                                   (1200, 701), (100, 399), (64, 1000), (1501, 100)])
+                                   (1200, 701), (100, 399), (64, 1000), (1501, 100),
+                                   (6, 62)])
 def test_validation_views(pictures, shape):
     image = cv2.resize(pictures['photo'], shape[::-1], interpolation=cv2.INTER_AREA)
     # the whole image, its shortest edge 256 pixels; then a slice, half a pixel up and left if need

@@ -10,9 +10,10 @@ import pytest
 
 import data
 import decoder
+import image_cache
 import image_lists
 from errors import UserError
-from image_cache import ImageCache
+from image_cache import ImageCache, least_limit
 
 
 @pytest.fixture
@@ -75,9 +76,23 @@ def test_processes_share_it():
     assert cache.get(1) is None and not cache.full
 
 
+def test_limits_of_control_groups(tmp_path, monkeypatch):
+    assert least_limit(str(tmp_path)) == float('inf')
+    (tmp_path / 'proc/self').mkdir(parents=True)
+    (tmp_path / 'proc/self/cgroup').write_text('3:cpu:/x\n0::/job/step/task\n')
+    assert least_limit(str(tmp_path)) == float('inf')
+    for group, limit in (('job', '3000000'), ('job/step', '2000000'), ('job/step/task', 'max')):
+        (tmp_path / 'sys/fs/cgroup' / group).mkdir(parents=True)
+        (tmp_path / 'sys/fs/cgroup' / group / 'memory.max').write_text(limit + '\n')
+    assert least_limit(str(tmp_path)) == 2000000
+    monkeypatch.setattr(image_cache, 'least_limit', lambda: 2000000)
+    with pytest.raises(UserError, match='--cache 0.003: there are 0.002 GB of memory'):
+        ImageCache(4, 3000000, pytest.fail)
+
+
 def test_more_memory_than_there_is(monkeypatch):
     for size in (10**20, psutil.virtual_memory().total):
-        with pytest.raises(UserError, match=r'--cache [\d.e+]+: this host has [\d.]+ GB of memory'):
+        with pytest.raises(UserError, match=r'--cache [\d.e+]+: there are [\d.e+]+ GB of memory'):
             ImageCache(4, size, pytest.fail)
     monkeypatch.setattr(mmap, 'mmap', mock.Mock(side_effect=OSError))
     with pytest.raises(UserError, match='--cache 1: this host does not give'):

@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
+import decoder
 import references
 import views
 
@@ -167,6 +168,23 @@ def test_blur_of_all_sizes_against_pil(height, width, sigma):
     views.blur(memory[1], sigma)
     np.testing.assert_array_equal(memory[::2], before[::2])  # it does not write outside
     np.testing.assert_array_equal(memory[1], references.pil_blur(before[1], sigma))
+
+
+def test_blur_of_any_sigma_against_pil():
+    rng = np.random.RandomState(0)
+    image = rng.randint(0, 256, (34, 212, 3)).astype(np.uint8)
+    # with the first one, PIL's single precision decides over a pixel
+    for sigma in [1.3055152358303213, *rng.uniform(0.1, 2, 100)]:
+        blurred = image.copy()
+        views.blur(blurred, sigma)
+        np.testing.assert_array_equal(blurred, references.pil_blur(image, sigma))
+
+
+def test_grayscale_leaves_grays():
+    grays = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), 3, axis=2)
+    changed = grays.copy()
+    step_of('grayscale')(changed, 1)
+    np.testing.assert_array_equal(changed, grays)
 
 
 @pytest.mark.parametrize('value', [0, 1, 127, 128, 254, 255])
@@ -348,7 +366,22 @@ def test_views_of_odd_images(shape):
     out = np.zeros((32, 32, 3), np.uint8)
     views.center_crop_view(image, None, out)
     assert (out == 50).all()
-    rng = random.Random(0)
+    check_random_views(image, out)
+
+
+def test_views_of_a_column_with_alpha():
+    # NumPy copies what is repeated with other strides, where one pixel is all that there is
+    png = cv2.imencode('.png', np.full((30, 1, 4), (50, 50, 50, 255), np.uint8))[1].tobytes()
+    image, _ = decoder.decode_whole(png)
+    for image in (image, np.array(np.broadcast_to(image[..., :1], image.shape))):
+        out = np.zeros((32, 32, 3), np.uint8)
+        views.center_crop_view(image, None, out)
+        assert (out == 50).all()
+        check_random_views(image, out)
+
+
+def check_random_views(image, out):
+    rng, shape = random.Random(0), image.shape[:2]
     for view in (views.moco_v1_view, views.moco_v2_view, views.linear_train_view):
         out[:] = 0
         view(image, views.sample_crop(rng, *shape, (0.2, 1)), out, rng)
