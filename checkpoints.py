@@ -39,9 +39,10 @@ def list_numbered(folder: str) -> List[str]:
 def is_whole(path: str) -> bool:
     """Whether all files of a checkpoint are there."""
     # while TensorFlow writes a part, or if it was killed then, it is there as PART.tempstate123
-    totals = [found.group(1) for found in (
-        re.search(r'-of-(\d+)$', part) for part in glob.glob(glob.escape(path) + '.data-*')) if found]
-    return os.path.isfile(path + '.index') and totals != [] and len(totals) == int(totals[0])
+    parts = [part for part in glob.glob(glob.escape(path) + '.data-*-of-*')
+             if re.search(r'-of-\d+$', part)]
+    return (os.path.isfile(path + '.index') and parts != []
+            and len(parts) == int(parts[0].rsplit('-', 1)[1]))
 
 
 @contextlib.contextmanager

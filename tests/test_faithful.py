@@ -523,8 +523,8 @@ def test_crops_against_their_distributions():
     assert_likely(references.ks_uniform(np.log(w / h), -high - 1e-3, high + 1e-3), 'aspect')
     assert_likely(references.ks_uniform(y / (side - h)), 'y')
     assert_likely(references.ks_uniform(x / (side - w)), 'x')
-    # A uniform aspect, swapped by chance (tensorpack's, in later versions), differs so little (0.003)
-    # that a sharper test is due: of the mean of (a + 1/a) / 2 = cosh(log a), to which the ratio of
+    # A uniform aspect, swapped by chance (tensorpack's, in later versions), differs so little that a
+    # sharper test is due (0.003): of the mean of (a + 1/a) / 2 = cosh(log a), to which the ratio of
     # both densities is proportional. Of log a uniform in +-t, it is sinh(t) / t.
     spread = (w / h + h / w) / 2
     mean = math.sinh(high) / high
