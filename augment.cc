@@ -314,8 +314,8 @@ VECTORIZED void Blur(const uint8_t* in, uint8_t* out, int64_t count, int64_t ste
     }
     ends.Add(in + x - far);
     ends.Add(in + x + far);
-    const auto mean = [=](uint32_t sum, uint32_t ends) {  // in the upper byte
-      return sum * weight + ends * outer + (1 << 23);
+    const auto mean = [=](uint32_t inside, uint32_t outside) {  // in the upper byte
+      return inside * weight + outside * outer + (1 << 23);
     };
     for (int i = 0; i < kBlock / 4; ++i) {
       const uint32_t word =

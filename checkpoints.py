@@ -38,9 +38,8 @@ def list_numbered(folder: str) -> List[str]:
 
 def is_whole(path: str) -> bool:
     """Whether all files of a checkpoint are there."""
-    # while TensorFlow writes a part, or if it was killed then, it is there as PART.tempstate123
-    parts = [part for part in glob.glob(glob.escape(path) + '.data-*-of-*')
-             if re.search(r'-of-\d+$', part)]
+    # not PART.tempstate123, which is there while TensorFlow writes it, or if it was killed then
+    parts = glob.glob(glob.escape(path) + '.data-?????-of-?????')
     return (os.path.isfile(path + '.index') and parts != []
             and len(parts) == int(parts[0].rsplit('-', 1)[1]))
 

@@ -85,6 +85,13 @@ def num_turns(num_batches: int, num_workers: int) -> int:
 
 # ---- batches
 
+def sample_box(rng, height: int, width: int, area, image_size: int) -> Tuple[int, int, int, int]:
+    """The part of an image that a view needs, (y, x, height, width); area: a Task's."""
+    if area is None:
+        return views.center_box(height, width, image_size)
+    return views.sample_crop(rng, height, width, area)
+
+
 class Batches:
     """The batches of one rank: num_batches, or None if they are endless.
 
@@ -95,7 +102,7 @@ class Batches:
     """
 
     def __init__(self, task, reader, rank, size, batch, image_size, seed=0, area=None):
-        self.task, self.reader, self.area = task, reader, area or task.area
+        self.task, self.reader, self.area = task, reader, task.area and (area or task.area)
         self.image_size, self.seed, self._rng = image_size, seed, random.Random()
         self._where = rank, size, batch, len(reader.images.files)
         self.num_batches = num_bounded_batches(*self._where) if task.bounded else None
@@ -104,11 +111,6 @@ class Batches:
         if self.task.bounded:
             return [(0, index) for index in images_of_bounded_batch(step, *self._where)]
         return images_of_batch(step, *self._where, self.seed)
-
-    def _sample_box(self, height, width):
-        if self.task.area is None:
-            return views.center_box(height, width, self.image_size)
-        return views.sample_crop(self._rng, height, width, self.area)
 
     def specs(self, step: int) -> list:
         """(shape, dtype) of a batch's arrays: views uint8 [n, S, S, 3], labels int32 [n] if any."""
@@ -124,7 +126,8 @@ class Batches:
             def choose_box(height, width):
                 # here, since it is called again for the next image if this one cannot be read
                 self._rng.seed(seed)
-                boxes[:] = [self._sample_box(height, width) for _ in range(self.task.num_views)]
+                boxes[:] = [sample_box(self._rng, height, width, self.area, self.image_size)
+                            for _ in range(self.task.num_views)]
                 return views.union(boxes)
             index, image = self.reader.read(index, choose_box)
             for box, array in zip(boxes, arrays):

@@ -117,7 +117,7 @@ def convert(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint16:
         colour = scale(colour, 2**max(8, int(colour.max()).bit_length()) - 1)
         alpha = scale(alpha, 2**16 - 1)
-    colour = np.array(np.broadcast_to(colour, colour.shape[:2] + (3,)), order='C')
+    colour = np.array(np.broadcast_to(colour, colour.shape[:2] + (3,)))
     if alpha.size and alpha.min() < 255:
         for top in range(0, len(image), 64):  # some rows at a time, for memory
             rows, clear = colour[top:top + 64], alpha[top:top + 64].astype(np.uint16)

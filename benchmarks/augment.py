@@ -72,8 +72,8 @@ class Ours:
 
     def _read(self, files, index):
         def choose_box(*size):
-            self._boxes = [views.sample_crop(self._rng, *size, self._area) if self._area else
-                           views.center_box(*size, SIZE) for _ in self._views]
+            self._boxes = [data.sample_box(self._rng, *size, self._area, SIZE)
+                           for _ in self._views]
             return views.union(self._boxes)
         return decoder.decode(files.read(index), choose_box)[0]
 
